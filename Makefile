@@ -1,0 +1,44 @@
+# Every target does its own set-up: a virtual environment inside the checkout, made anew when pyproject.toml changes.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+DEV := "pytest>=8,<10" "hypothesis>=6.100,<7" "ruff>=0.17,<0.18" "mypy>=2,<3"
+
+.PHONY: help demo test test-slow check format lint types bench docs clean
+help:            ## this list
+	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/: .*##/\t/' | expand -t 14
+
+$(STAMP): pyproject.toml setup.py daxemu/_fault.c
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[plot]" $(DEV)
+	@touch $@
+
+demo: $(STAMP)   ## the main job on real input: clones mapped by many processes, memory measured
+	$(BIN)/onecopy demo
+
+test: $(STAMP)   ## the default tests (under 10 minutes on two cores)
+	$(BIN)/pytest -m "not slow"
+
+test-slow: $(STAMP)  ## the long ones: a million extents, 2^20 references, every kill point
+	$(BIN)/pytest -m slow
+
+format: $(STAMP)
+	$(BIN)/ruff format --check .
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+
+types: $(STAMP)
+	$(BIN)/mypy -p onecopy
+
+check: format lint types test  ## format, lint, types, tests
+
+bench: $(STAMP)  ## every figure of the benchmarks, side by side
+	$(BIN)/onecopy bench
+
+docs: $(STAMP)   ## write FORMAT.md and CONCURRENCY.md anew from the tables in the code
+	$(BIN)/python -m onecopy.fs.document
+
+clean:           ## forget the environment and what was built
+	rm -rf $(VENV) build dist src/*.egg-info daxemu/*.so

@@ -1,0 +1,205 @@
+"""The frame allocator: one byte of state a frame, in the run-time file, shared by all processes.
+
+Derived, never durable: a cold open fills the table by walking the trees. Bytes rather than bits, so that the one
+word that says whether a frame is free also says what may be done with it. All changes are made under the
+transaction lock; readers may look at any time at the bits that are only ever hints (SHARED).
+
+A transaction that takes frames writes them into the taken log first. `undo` gives them back, in the process that gave up
+or in the next one to hold the lock after a death: nothing that nobody published names them.
+"""
+
+import numpy as np
+
+from onecopy.daxemu.errors import NoSpace
+from onecopy.daxemu.pool import Pool
+from onecopy.daxemu.runtime import Runtime, W
+from onecopy.daxemu.steps import reach
+from onecopy.daxemu.units import HUGE
+
+# State bits. A free frame is 0, or BACKED when it still has storage of the host.
+USED = 1  # has an owner, or waits in limbo for the last one that could reach it
+FRESH = 2  # the durable root does not name it
+SHARED = 4  # maybe referenced more than once: ask the fragment counts. Clear: surely not
+LIMBO = 8  # freed, but the durable root still names it or a mapping pins it
+PINNED = 16  # maybe mapped by somebody: ask the pin lists. Clear: surely not
+NODE = 32  # a tree node
+DIRTY = 64  # content changed since the last durable commit
+BACKED = 128  # free, with storage
+
+Run = tuple[int, int]  # (first PFN, pages)
+
+_TAKEN, _TAKEN_ROOM, _FREE = W["taken_count"], W["taken_room"], W["free"]
+_NODE_HINT, _NODE_FLOOR, _DATA_HINT = W["node_hint"], W["node_floor"], W["data_hint"]
+
+MAX_RUN = (1 << 24) - 1  # pages: what fits beside a PFN in a word
+_CHUNK = 64  # node frames that get storage at once
+_KEEP_BACKED = 256  # free frames that keep their storage over a sync, for the nodes to come
+
+
+def pack_run(pfn: int, pages: int) -> int:
+    """Return a run as one word: PFN in the low 40 bits, pages above."""
+    return pages << 40 | pfn
+
+
+def unpack_run(word: int) -> Run:
+    """Return the run that `pack_run` made."""
+    return word & ((1 << 40) - 1), word >> 40
+
+
+def free_runs(table: np.ndarray, first: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Return (starts, lengths) of the runs of free frames in a piece of the table that begins at PFN `first`."""
+    free = (table & ~np.uint8(BACKED)) == 0
+    edges = np.flatnonzero(np.diff(free, prepend=False, append=False))
+    return edges[::2] + first, edges[1::2] - edges[::2]
+
+
+class Frames:
+    """The allocator over one handle's run-time file. The caller holds the transaction lock throughout."""
+
+    def __init__(self, runtime: Runtime, pool: Pool) -> None:
+        self.runtime, self.pool = runtime, pool
+        self.table, self.array = runtime.table, runtime.table_array
+        self._base = runtime.layout.table
+        self._log = runtime.layout.taken // 8
+        # Deleting and syncing a full pool copies paths of nodes: these frames are theirs.
+        self.reserve = max(48, min(pool.frames // 64, 8192))
+        self.floor = 0
+
+    def begin(self, generation: int) -> None:
+        """Start the taken log of the transaction that will become `generation`."""
+        self.runtime.set("taken_count", 0)
+        self.runtime.set("taken_generation", generation)
+
+    def _take(self, pfn: int, pages: int, state: int) -> None:
+        runtime, words = self.runtime, self.runtime.words
+        count = words[_TAKEN]
+        if (count + 1) * 8 > words[_TAKEN_ROOM]:
+            runtime.reserve(_TAKEN_ROOM, runtime.layout.taken, (count + 1) * 8)
+        words[self._log + count] = pack_run(pfn, pages)
+        words[_TAKEN] = count + 1  # from here on a death gives the run back
+        reach("frame logged")
+        if pages == 1:
+            self.table[pfn] = state
+        else:
+            self.array[pfn : pfn + pages] = state
+        words[_FREE] -= pages
+        reach("frame taken")
+
+    def _room(self, pages: int) -> None:
+        if self.runtime.words[_FREE] - pages < self.floor:
+            raise NoSpace(
+                f"the pool has no {pages} free pages left ({self.runtime.get('free')} free, {self.floor} of them kept for "
+                "deletions); delete something, dedupe, or use a larger pool",
+                path=self.pool.path,
+            )
+
+    def take_node(self) -> int:
+        """Take one frame with storage for a tree node; return its PFN. NoSpace.
+
+        Nodes grow down from the pool's end, data grows up from its start: data keeps long runs.
+        """
+        self._room(1)
+        words, memory, base = self.runtime.words, self.runtime.memory, self._base
+        at = memory.rfind(b"\x80", base + words[_NODE_FLOOR], base + words[_NODE_HINT] + 1)
+        if at < 0:
+            at = self._back_chunk()
+        pfn = at - base
+        words[_NODE_HINT] = pfn
+        self._take(pfn, 1, USED | FRESH | NODE | DIRTY)
+        return pfn
+
+    def _back_chunk(self) -> int:
+        runtime, base, frames = self.runtime, self._base, self.pool.frames
+        memory = runtime.memory
+        end = base + frames
+        for size in (_CHUNK, 8, 1):
+            at = memory.rfind(bytes(size), base, end)
+            if at >= 0:
+                pfn = at - base
+                self.pool.back(pfn, size)
+                self.array[pfn : pfn + size] = BACKED
+                runtime.set("node_floor", min(runtime.get("node_floor"), pfn))
+                runtime.set("node_hint", pfn + size - 1)
+                return at + size - 1
+        at = memory.rfind(b"\x80", base, end)
+        if at < 0:
+            raise NoSpace("the pool has no free page left", path=self.pool.path)
+        runtime.set("node_floor", min(runtime.get("node_floor"), at - base))
+        return at
+
+    def take_data(self, pages: int) -> list[Run]:
+        """Take `pages` frames for file data in as few runs as there are; NoSpace takes none beyond what undo returns."""
+        self._room(pages)
+        runs: list[Run] = []
+        while pages:
+            run = self._next_run(min(pages, MAX_RUN))
+            self._take(*run, USED | FRESH | DIRTY)
+            self.runtime.words[_DATA_HINT] = run[0] + run[1]
+            runs.append(run)
+            pages -= run[1]
+        return runs
+
+    def _next_run(self, pages: int) -> Run:
+        hint, limit = self.runtime.words[_DATA_HINT], self.runtime.get("node_floor")
+        if pages >= HUGE:
+            hint = -(-hint // HUGE) * HUGE  # large files start where 2 MiB translations can
+        if pages == 1:
+            at = self.runtime.memory.find(b"\0", self._base + hint, self._base + limit)
+            if at >= 0:
+                return at - self._base, 1
+        elif hint + pages <= limit and not (self.array[hint : hint + pages] & ~np.uint8(BACKED)).any():
+            return hint, pages
+        return self._search(pages, hint)
+
+    def _search(self, pages: int, hint: int) -> Run:
+        """First run long enough from the hint on, then from the start; else the longest there is."""
+        starts, lengths = free_runs(self.array)
+        if not len(starts):
+            raise NoSpace("the pool has no free page left", path=self.pool.path)
+        if pages >= HUGE:
+            aligned = -(-starts // HUGE) * HUGE
+            fits = np.flatnonzero(lengths - (aligned - starts) >= pages)
+            if len(fits):
+                ahead = fits[starts[fits] >= hint]
+                return int(aligned[ahead[0] if len(ahead) else fits[0]]), pages
+        fits = np.flatnonzero(lengths >= pages)
+        if len(fits):
+            ahead = fits[starts[fits] >= hint]
+            return int(starts[ahead[0] if len(ahead) else fits[0]]), pages
+        longest = int(np.argmax(lengths))
+        return int(starts[longest]), int(lengths[longest])
+
+    def release(self, pfn: int, pages: int) -> None:
+        """Make frames free at once; they keep their storage until the next sync."""
+        self.array[pfn : pfn + pages] = BACKED
+        words = self.runtime.words
+        words[_FREE] += pages
+        if pfn + pages - 1 > words[_NODE_HINT]:
+            words[_NODE_HINT] = pfn + pages - 1
+
+    def undo(self) -> None:
+        """Give back what an unpublished transaction took, ours or a dead process's; idempotent."""
+        runtime = self.runtime
+        if runtime.get("taken_generation") <= runtime.get("live_generation"):
+            return
+        for word in runtime.words[self._log : self._log + runtime.get("taken_count")].tolist():
+            pfn, pages = unpack_run(word)
+            self.array[pfn : pfn + pages] = BACKED
+        runtime.set("node_hint", self.pool.frames - 1)
+        self.recount()
+        runtime.set("taken_count", 0)
+
+    def recount(self) -> None:
+        """Set the free counter from the table."""
+        self.runtime.set("free", self.pool.frames - int(np.count_nonzero(self.array & USED)))
+
+    def give_back(self, keep: int = _KEEP_BACKED) -> None:
+        """Punch free frames out of the pool file, but for the last `keep` of them (the nodes' end)."""
+        backed = self.array == BACKED
+        if keep:
+            spare = np.flatnonzero(backed)
+            backed[spare[-keep:]] = False
+        edges = np.flatnonzero(np.diff(backed, prepend=False, append=False)).tolist()
+        for first, end in zip(edges[::2], edges[1::2], strict=True):
+            self.pool.punch(first, end - first)
+            self.array[first:end] = 0

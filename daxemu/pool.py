@@ -1,0 +1,197 @@
+"""The pool file: an emulated NVDIMM, addressed by page frame number.
+
+PFN 0 is the pool's header; every other page belongs to whoever sits above. Frames that hold nothing have no storage
+(the file is sparse); `back` gives a run storage before it is stored to, `punch` gives it back to the host.
+"""
+
+import errno
+import mmap
+import os
+import secrets
+import stat
+import time
+import uuid as uuids
+from collections.abc import Callable
+
+from onecopy.daxemu.errors import CorruptRecord, NoSpace, NotAPool, PoolVersionError, ReadOnly, invalid, posix
+from onecopy.daxemu.persist import Persistence, persistence_of
+from onecopy.daxemu.record import Record, checksum
+from onecopy.daxemu.units import PAGE, format_size
+
+MAGIC = int.from_bytes(b"onecopy\0", "little")
+VERSION = 1
+MIN_FRAMES = 256
+MAX_FRAMES = 1 << 40
+
+HEADER = Record(
+    "pool header",
+    64,
+    "At the start of PFN 0. Written once, by format; the rest of the page is zero.",
+    [
+        ("magic", "u64", "", "the bytes 'onecopy' and a zero"),
+        ("version", "u32", "", f"{VERSION}; another number means another format"),
+        ("page_size", "u32", "bytes", str(PAGE)),
+        ("frames", "u64", "pages", "size of the pool, this page included"),
+        ("uuid", "bytes[16]", "", "identity of the pool; names its run-time file"),
+        ("created", "u64", "ns since 1970", "when it was formatted"),
+        ("pfn", "u64", "PFN", "0"),
+        ("checksum", "u64", "", "CRC-32 of this record with this word zero"),
+    ],
+)
+
+_FALLOC_KEEP_SIZE, _FALLOC_PUNCH_HOLE = 1, 2
+
+
+def _fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    while libc.fallocate(fd, mode, ctypes.c_long(offset), ctypes.c_long(length)):
+        code = ctypes.get_errno()
+        if code != errno.EINTR:
+            raise OSError(code, os.strerror(code))
+
+
+class Pool:
+    """An open pool file, mapped whole. `words` (64-bit) and `bytes` view the same memory; index = PFN times 512 or 4,096.
+
+    Readers and writers of frames above this class keep the rules about which frames they may touch; this class
+    keeps only the bounds. Not shared over fork: a child opens its own.
+    """
+
+    def __init__(self, path: str, *, writable: bool) -> None:
+        self.path, self.writable = os.path.abspath(path), writable
+        try:
+            self.fd = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
+        except IsADirectoryError as error:
+            raise NotAPool("a directory, not a pool file", path=path) from error
+        except OSError as error:
+            if error.errno != errno.EROFS:
+                raise
+            raise ReadOnly("the file system holding the pool is read-only; open it with mode='r'", path=path) from error
+        try:
+            self.status = os.fstat(self.fd)
+            header = self._read_header()
+            self.frames: int = header["frames"]  # type: ignore[assignment]
+            self.uuid = uuids.UUID(bytes=header["uuid"])  # type: ignore[arg-type]
+            self.created: int = header["created"]  # type: ignore[assignment]
+            protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+            self.memory = mmap.mmap(self.fd, self.frames * PAGE, mmap.MAP_SHARED, protection)
+        except BaseException:
+            os.close(self.fd)
+            raise
+        self.bytes = memoryview(self.memory)
+        self.words = self.bytes.cast("Q")
+        self.persistence: Persistence = persistence_of(self.fd)
+
+    def _read_header(self) -> dict[str, int | bytes]:
+        if not stat.S_ISREG(self.status.st_mode):
+            raise NotAPool("not a regular file, so not a pool", path=self.path)
+        page = os.pread(self.fd, PAGE, 0)
+        if len(page) < PAGE or int.from_bytes(page[:8], "little") != MAGIC:
+            raise NotAPool("not an onecopy pool (its first bytes are something else); 'onecopy format' makes one", path=self.path)
+        header = HEADER.unpack(page)
+        if header["version"] != VERSION:
+            raise PoolVersionError(
+                f"pool format {header['version']}; this onecopy reads format {VERSION}: use the version that made it",
+                path=self.path,
+            )
+        found = checksum(page[: HEADER.size], HEADER.offset["checksum"])
+        if header["checksum"] != found:
+            raise CorruptRecord("pool header", 0, "checksum", expected=header["checksum"], actual=found)
+        if header["page_size"] != PAGE:
+            raise CorruptRecord("pool header", 0, "page size", expected=PAGE, actual=header["page_size"])
+        size = header["frames"] * PAGE
+        if self.status.st_size < size:  # type: ignore[operator]
+            raise NotAPool(
+                f"truncated pool: {self.status.st_size} bytes, its header says {size}; restore it from a copy", path=self.path
+            )
+        return header
+
+    def store(self, offset: int, data: bytes | memoryview) -> None:
+        """Store `data` at byte `offset`. By system call: a frame without storage gets it, or NoSpace is raised.
+
+        A store through the mapping would kill the process (SIGBUS) when the host has no page left to give.
+        """
+        view = memoryview(data)
+        try:
+            while view:
+                done = os.pwrite(self.fd, view, offset)
+                offset, view = offset + done, view[done:]
+        except OSError as error:
+            raise self._host_full(error) from error
+
+    def back(self, pfn: int, pages: int) -> None:
+        """Give frames [pfn, pfn + pages) storage, so that stores through the mapping can't fail. NoSpace when full."""
+        try:
+            _fallocate(self.fd, 0, pfn * PAGE, pages * PAGE)
+        except OSError as error:
+            raise self._host_full(error) from error
+
+    def punch(self, pfn: int, pages: int) -> None:
+        """Give the storage of frames [pfn, pfn + pages) back to the host; they read as zeros."""
+        _fallocate(self.fd, _FALLOC_PUNCH_HOLE | _FALLOC_KEEP_SIZE, pfn * PAGE, pages * PAGE)
+
+    def _host_full(self, error: OSError) -> OSError:
+        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.ENOMEM):
+            return error
+        return NoSpace(f"the file system that holds the pool gave no more room ({error.strerror})", path=self.path)
+
+    def close(self) -> None:
+        """Unmap and close; releases the mount lock, which lives on this descriptor."""
+        self.words.release()
+        self.bytes.release()
+        try:
+            self.memory.close()
+        except BufferError:
+            pass  # an array over a frame outlives us; the memory goes when it does
+        os.close(self.fd)
+
+
+def create(path: str, size: int, mode: int, fill: Callable[[Pool], None], *, force: bool) -> None:
+    """Make a pool of `size` bytes at `path`: header, then `fill(pool)`; it appears under its name complete or not at all.
+
+    Raises FileExistsError without `force`; NoSpace; OneCopyError (EINVAL) for an impossible size.
+    """
+    frames = size // PAGE
+    if not MIN_FRAMES <= frames <= MAX_FRAMES:
+        raise invalid(
+            f"a pool of {format_size(size)}: the size must be between {format_size(MIN_FRAMES * PAGE)} and "
+            f"{format_size(MAX_FRAMES * PAGE)}",
+            path,
+        )
+    if os.path.isdir(path):
+        raise posix(errno.EISDIR, path)
+    if not force and os.path.lexists(path):
+        raise posix(errno.EEXIST, path, "format with force to replace it")
+    temporary = f"{path}.{secrets.token_hex(6)}.new"
+    fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    try:
+        try:
+            os.fchmod(fd, mode)
+            os.ftruncate(fd, frames * PAGE)
+            fields = [MAGIC, VERSION, PAGE, frames, uuids.uuid4().bytes, time.time_ns(), 0, 0]
+            fields[-1] = checksum(HEADER.pack(*fields), HEADER.offset["checksum"])
+            os.pwrite(fd, HEADER.pack(*fields).ljust(PAGE, b"\0"), 0)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+                raise NoSpace(f"no room for a pool of {format_size(size)} ({error.strerror})", path=path) from error
+            raise
+        finally:
+            os.close(fd)
+        pool = Pool(temporary, writable=True)
+        try:
+            fill(pool)
+            pool.persistence.flush(0, 1)
+            pool.persistence.fence()
+        finally:
+            pool.close()
+        if force:
+            os.replace(temporary, path)
+        else:
+            os.link(temporary, path)  # unlike rename, fails when somebody else was faster
+    finally:
+        if os.path.lexists(temporary):
+            os.unlink(temporary)
+
+

@@ -1,0 +1,193 @@
+"""Process slots: who uses the pool, and what generation they are reading.
+
+A slot is alive while its holder keeps an open-file-description lock on one byte of the run-time file: the kernel
+drops it when the last process that holds the descriptor dies, so there is no such thing as a stale slot. The
+descriptor is the slot's own. Around fork the parent makes the child's slot *before* the child exists and lets it go
+after: the child inherits the descriptor, and with it the lock, so it is registered from its first instruction.
+"""
+
+import errno
+import fcntl
+import os
+import struct
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass
+
+from onecopy.daxemu.errors import OneCopyError
+from onecopy.daxemu.locks import reopen
+from onecopy.daxemu.runtime import READERS, SLOT, SLOTS, Runtime, W
+
+IDLE = (1 << 64) - 1  # a reader word that announces nothing; larger than every generation
+
+_LOCK_BASE = 1 << 40  # beyond the file's end: the range is only a name
+_FLOCK = struct.Struct("hhqqi4x")
+_LIVE = W["live_generation"]
+
+
+def _range_lock(fd: int, command: int, slot: int) -> int:
+    """Run F_OFD_SETLK or F_OFD_GETLK on the slot's byte; return the lock type found."""
+    request = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, _LOCK_BASE + slot, 1, 0)
+    return int(_FLOCK.unpack(fcntl.fcntl(fd, command, request))[0])
+
+
+def _word(runtime: Runtime, slot: int, field: str) -> int:
+    return (runtime.layout.slots + slot * SLOT.size) // 8 + SLOT.word(field)
+
+
+def _start_time(pid: int) -> int:
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return int(file.read().rpartition(b")")[2].split()[19])
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+@dataclass(frozen=True)
+class User:
+    """One open handle on a pool: process, slot, when it was opened (ns since 1970), and the program's name."""
+
+    pid: int
+    slot: int
+    opened: int
+    program: str
+
+
+class Slot:
+    """This handle's slot. `claim` makes one; `announce`/`retract` bracket lock-free reading."""
+
+    def __init__(self, runtime: Runtime, index: int, fd: int) -> None:
+        self.runtime, self.index, self.fd = runtime, index, fd
+        first = runtime.layout.readers // 8 + index * READERS
+        self._free = deque(range(first, first + READERS))
+        self._room = threading.Semaphore(READERS)
+
+    def adopt(self) -> None:
+        """In the forked child that the slot was made for: put our process's name on it."""
+        words, pid = self.runtime.words, os.getpid()
+        words[_word(self.runtime, self.index, "start_time")] = _start_time(pid)
+        words[_word(self.runtime, self.index, "pid")] = pid
+
+    def announce(self) -> tuple[int, int]:
+        """Begin a lock-free read: return (reader word, generation); frames of it stay until `retract`.
+
+        Argument: we store generation g into our word and then find that g is still live. Both are sequentially
+        consistent, so of the two orders one holds. Either the reclaimer's scan of the words comes after our store, and
+        it sees g and keeps what g reaches; or it came before our store, hence before our second look, and the
+        reclaimer frees only what was unreachable from the generation live at its scan. As g is live at our second
+        look and generations only grow, g is that generation or a later one: it reaches none of these frames.
+        """
+        self._room.acquire()
+        word = self._free.pop()
+        atomic, live = self.runtime.atomic, _LIVE
+        try:
+            while True:
+                generation = atomic.load(live)
+                atomic.store(word, generation)
+                if atomic.load(live) == generation:
+                    return word, generation
+        except BaseException:
+            self.retract(word)
+            raise
+
+    def retract(self, word: int) -> None:
+        """End the read that `announce` began."""
+        self.runtime.atomic.store(word, IDLE)
+        self._free.append(word)
+        self._room.release()
+
+    def release(self) -> None:
+        """Free the slot; the caller holds the transaction lock and has unpinned everything."""
+        clear(self.runtime, self.index)
+        os.close(self.fd)
+
+
+def claim(runtime: Runtime) -> Slot:
+    """Take a free slot for this process; the caller holds the transaction lock and has reaped the dead.
+
+    Raises OneCopyError (ENFILE) when all are taken.
+    """
+    fd = reopen(runtime.fd)
+    try:
+        for index in range(SLOTS):
+            if runtime.words[_word(runtime, index, "pid")]:
+                continue
+            try:
+                _range_lock(fd, fcntl.F_OFD_SETLK, index)
+            except BlockingIOError:
+                continue
+            clear(runtime, index)
+            pid = os.getpid()
+            words = runtime.words
+            words[_word(runtime, index, "start_time")] = _start_time(pid)
+            words[_word(runtime, index, "opened")] = time.time_ns()
+            words[_word(runtime, index, "pid")] = pid
+            runtime.set("slots_used", max(runtime.get("slots_used"), index + 1))
+            return Slot(runtime, index, fd)
+    except BaseException:
+        os.close(fd)
+        raise
+    os.close(fd)
+    raise OneCopyError(f"all {SLOTS} process slots of the pool are in use", path=runtime.pool.path, code=errno.ENFILE)
+
+
+def clear(runtime: Runtime, index: int) -> None:
+    """Make slot `index` free and idle; the caller holds the transaction lock."""
+    first = runtime.layout.readers // 8 + index * READERS
+    for word in range(first, first + READERS):
+        runtime.atomic.store(word, IDLE)
+    runtime.words[pins_word(runtime, index)] = 0
+    runtime.words[_word(runtime, index, "pid")] = 0
+
+
+def pins_word(runtime: Runtime, index: int) -> int:
+    """Return the word that counts slot `index`'s pins."""
+    return _word(runtime, index, "pins")
+
+
+def pins_room_word(runtime: Runtime, index: int) -> int:
+    """Return the word that says how much storage slot `index`'s pin list has."""
+    return _word(runtime, index, "pins_room")
+
+
+def taken(runtime: Runtime) -> list[int]:
+    """Return the slots that are taken, by the living or the dead."""
+    return [i for i in range(runtime.get("slots_used")) if runtime.words[_word(runtime, i, "pid")]]
+
+
+def dead(runtime: Runtime) -> list[int]:
+    """Return the taken slots whose holder is gone; the caller holds the transaction lock."""
+    return [i for i in taken(runtime) if _range_lock(runtime.fd, fcntl.F_OFD_GETLK, i) == fcntl.F_UNLCK]
+
+
+def users(runtime: Runtime) -> list[User]:
+    """Return the living handles, this one included."""
+    gone = set(dead(runtime))
+    found = []
+    for index in taken(runtime):
+        if index in gone:
+            continue
+        pid = runtime.words[_word(runtime, index, "pid")]
+        try:
+            with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:
+                program = file.read().strip()
+        except OSError:
+            program = "?"
+        found.append(User(pid, index, runtime.words[_word(runtime, index, "opened")], program))
+    return found
+
+
+def oldest_reader(runtime: Runtime) -> int:
+    """Return the oldest generation that a slot announces, IDLE when none does."""
+    first = runtime.layout.readers // 8
+    atomic = runtime.atomic
+    atomic.load(first)  # orders the plain reads below after everything this process stored before
+    words = runtime.words[first : first + runtime.get("slots_used") * READERS]
+    return min(words.tolist(), default=IDLE)
+
+
+def in_use(fd: int) -> bool:
+    """Return whether any slot of the run-time file open as `fd` has a living holder."""
+    request = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, _LOCK_BASE, SLOTS, 0)
+    return bool(_FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_OFD_GETLK, request))[0] != fcntl.F_UNLCK)

@@ -1,0 +1,228 @@
+"""Fragment counts: how many tree nodes refer to a run of frames, kept only for what is referenced twice or more.
+
+A fragment is a maximal run of frames with one reference count, split at the boundaries of what is shared or let go and
+merged with equal neighbours, so a clone of a clone of a large extent stays one record. Tree nodes are frames, too:
+a node's count says how many parents (or inodes, or subvolumes) refer to it, and `share_children` hands a count
+down when a shared node is copied (Rodeh): references are counted where they are, one level below the sharing.
+"""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from onecopy.blkcache.frames import SHARED, Run
+from onecopy.fs.btree import COUNTS, ENTRIES, EXTENTS, INODES, Tree
+from onecopy.fs.format import COUNT, INLINE_EXTENTS, INODE, MAX_INLINE_EXTENTS
+
+if TYPE_CHECKING:
+    from onecopy.fs.tx import Tx, View
+
+_INLINE_WORD = INODE.word("inline")
+_ROOT_WORD = INODE.word("root")
+_FLAGS_WORD = INODE.word("flags")
+
+Fragment = tuple[int, int, int]  # (first PFN, end PFN, references)
+
+
+def references(view: "View", pfn: int) -> int:
+    """Return how often frame `pfn`, which is in use, is referenced."""
+    if not view.table[pfn] & SHARED:
+        return 1
+    found = COUNTS.floor(view.words, view.counts, pfn)
+    if found is None:
+        return 1
+    first, offset = found
+    pages, count = COUNT.unpack_from(view.bytes, offset)
+    return int(count) if pfn < first + pages else 1
+
+
+def fragments(view: "View", low: int, high: int) -> list[Fragment]:
+    """Return the recorded fragments that overlap [low, high), whole, ascending."""
+    found: list[Fragment] = []
+    before = COUNTS.floor(view.words, view.counts, low)
+    start = low
+    if before is not None:
+        start = before[0]
+    for key, offset in COUNTS.items(view.words, view.counts, start, high):
+        pages, count = COUNT.unpack_from(view.bytes, offset)
+        if key + pages > low:
+            found.append((key, key + pages, count))
+    return found
+
+
+def split_by_references(view: "View", pfn: int, pages: int) -> list[Fragment]:
+    """Return [pfn, pfn + pages) cut where the count changes; frames without a record have one reference."""
+    end = pfn + pages
+    if not (view.table[pfn] & SHARED if pages == 1 else (view.array[pfn:end] & SHARED).any()):
+        return [(pfn, end, 1)]
+    pieces: list[Fragment] = []
+    at = pfn
+    for first, last, count in fragments(view, pfn, end):
+        first, last = max(first, pfn), min(last, end)
+        if at < first:
+            pieces.append((at, first, 1))
+        pieces.append((first, last, count))
+        at = last
+    if at < end:
+        pieces.append((at, end, 1))
+    return pieces
+
+
+def add(tx: "Tx", pfn: int, pages: int, delta: int) -> list[Run]:
+    """Change the references of frames [pfn, pfn + pages) by `delta`; return the runs that nobody refers to any more."""
+    end = pfn + pages
+    if delta > 0:
+        if pages == 1:
+            tx.table[pfn] |= SHARED
+        else:
+            tx.array[pfn:end] |= np.uint8(SHARED)
+        tx.unshared.clear()  # what was let go may be in here: leaving its hint set is always right
+    elif not (tx.table[pfn] & SHARED if pages == 1 else (tx.array[pfn:end] & SHARED).any()):
+        return [(pfn, pages)]
+    old = fragments(tx, pfn - 1, end + 1)  # with the neighbours that touch
+    pieces: list[Fragment] = []
+    freed: list[Run] = []
+    at = pfn
+    for first, last, count in old:
+        if first < pfn:
+            pieces.append((first, min(last, pfn), count))
+        if last > pfn and first < end:
+            if at < first:
+                pieces.append((at, first, 1 + delta))
+            pieces.append((max(first, pfn), min(last, end), count + delta))
+            at = min(last, end)
+        if last > end:
+            if at < end:
+                pieces.append((at, end, 1 + delta))
+                at = end
+            pieces.append((max(first, end), last, count))
+    if at < end:
+        pieces.append((at, end, 1 + delta))
+    new: dict[int, tuple[int, int]] = {}
+    last_first, last_end, last_count = -1, -1, -1
+    for first, last, count in pieces:
+        if count <= 1:
+            if count <= 0:
+                freed.append((first, last - first))
+            else:
+                tx.unshared.append((first, last - first))
+            continue
+        if first == last_end and count == last_count:
+            first = last_first
+        new[first] = (last - first, count)
+        last_first, last_end, last_count = first, last, count
+    _replace(tx, old, new)
+    return freed
+
+
+def _replace(tx: "Tx", old: list[Fragment], new: dict[int, tuple[int, int]]) -> None:
+    root = tx.counts
+    known = {first: (last - first, count) for first, last, count in old}
+    for first in known:
+        if first not in new:
+            root = COUNTS.delete(tx, root, first)
+    for first, value in new.items():
+        have = known.get(first)
+        if have is None:
+            root = COUNTS.insert(tx, root, first, COUNT.pack(*value))
+        elif have != value:
+            root = COUNTS.update(tx, root, first, COUNT.pack(*value))
+    tx.counts = root
+
+
+def add_runs(tx: "Tx", runs: list[Run], delta: int) -> list[Run]:
+    """`add` for many runs, which may repeat: in order, joined where they touch, repeats counted at once."""
+    freed: list[Run] = []
+    pending: list[list[int]] = []  # [pfn, pages, times]
+    for pfn, pages in sorted(runs):
+        if pending:
+            last = pending[-1]
+            if last[0] == pfn and last[1] == pages:
+                last[2] += 1
+                continue
+            if last[0] + last[1] == pfn and last[2] == 1:
+                last[1] += pages
+                continue
+        pending.append([pfn, pages, 1])
+    for pfn, pages, times in pending:
+        if delta > 0:
+            add(tx, pfn, pages, delta * times)
+            continue
+        while times:  # the last reference must be seen to go alone
+            step = times if times == 1 else min(times, min(c for *_, c in split_by_references(tx, pfn, pages)) - 1) or 1
+            freed += add(tx, pfn, pages, -step)
+            times -= step
+    return freed
+
+
+def inode_references(view: "View", offset: int) -> tuple[int, list[Run]]:
+    """Return what the inode record at byte `offset` refers to: (root PFN or 0, runs of inline extents)."""
+    words, base = view.words, offset >> 3
+    flags_and_used = words[base + _FLAGS_WORD]
+    if flags_and_used & INLINE_EXTENTS:
+        used = min(flags_and_used >> 32, MAX_INLINE_EXTENTS)
+        runs = []
+        for n in range(used):
+            at = base + _INLINE_WORD + 3 * n
+            runs.append((words[at + 1], words[at + 2] & 0xFFFFFFFF))
+        return 0, runs
+    return words[base + _ROOT_WORD], []
+
+
+def leaf_runs(view: "View", base: int) -> list[Run]:
+    """Return the runs of frames that a leaf of an extent tree refers to."""
+    count = view.words[base] & 0xFFFF
+    values = view.words[base + EXTENTS.values : base + EXTENTS.values + 2 * count].tolist()
+    return [(values[i], values[i + 1] & 0xFFFFFFFF) for i in range(0, 2 * count, 2)]
+
+
+def share_children(tx: "Tx", tree: Tree, base: int) -> None:
+    """Take one more reference on everything that the node at word `base` refers to: it has been copied."""
+    children = tree.children(tx.words, base)
+    if children:
+        add_runs(tx, [(child, 1) for child in children], 1)
+    elif tree is EXTENTS:
+        add_runs(tx, leaf_runs(tx, base), 1)
+    elif tree is INODES:
+        runs: list[Run] = []
+        for _, offset in tree.leaf_items(tx.words, base):
+            root, inline = inode_references(tx, offset)
+            runs += [(root, 1)] if root else inline
+        add_runs(tx, runs, 1)
+
+
+def drop(tx: "Tx", tree: Tree, root: int) -> None:
+    """Give up one reference on the tree at `root` (0: none); the last one frees what only it refers to."""
+    stack = [(tree, root)] if root else []
+    while stack:
+        tree, pfn = stack.pop()
+        base = tree.enter(tx.words, pfn)
+        if references(tx, pfn) > 1:
+            add(tx, pfn, 1, -1)
+            continue
+        children = tree.children(tx.words, base)
+        if children:
+            stack += [(tree, child) for child in children]
+        elif tree is EXTENTS:
+            release(tx, leaf_runs(tx, base))
+        elif tree is INODES:
+            for _, offset in tree.leaf_items(tx.words, base):
+                mode = INODE.unpack_from(tx.bytes, offset)[0]
+                below, inline = inode_references(tx, offset)
+                if below:
+                    stack.append((ENTRIES if mode & 0o170000 == 0o040000 else EXTENTS, below))
+                release(tx, inline)
+        tx.free_node(pfn)
+
+
+def release(tx: "Tx", runs: list[Run]) -> None:
+    """Give up one reference on each of `runs`; what nobody refers to any more goes into limbo with this transaction."""
+    array, table = tx.array, tx.table
+    shared: list[Run] = []
+    for pfn, pages in runs:
+        if table[pfn] & SHARED if pages == 1 else (array[pfn : pfn + pages] & SHARED).any():
+            shared.append((pfn, pages))
+        else:
+            tx.freed.append((pfn, pages))
+    if shared:
+        tx.freed += add_runs(tx, shared, -1)

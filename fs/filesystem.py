@@ -1,0 +1,717 @@
+"""The public API of an open pool. Each call is one reader's section or one transaction over the layers below."""
+
+import errno
+import os
+import stat
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from onecopy.blkcache.frames import PINNED, USED
+from onecopy.daxemu import slots
+from onecopy.daxemu.errors import CrossSubvolume, invalid, posix
+from onecopy.daxemu.mapping import Mapping
+from onecopy.daxemu.slots import User
+from onecopy.daxemu.units import PAGE
+from onecopy.fs import attributes, content, namei, sharing
+from onecopy.fs import directory as directories
+from onecopy.fs import inode as inodes
+from onecopy.fs.btree import ROOTS
+from onecopy.fs.directory import DIRECTORY, FILE, KIND_NAMES, SUBVOLUME, SYMLINK
+from onecopy.fs.format import ROOT_INODE, TOP
+from onecopy.fs.inode import Inode
+from onecopy.fs.mount import Mount
+from onecopy.fs.namei import PHANTOM, Place
+from onecopy.fs.tx import Tx
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+    from onecopy.fs.check import CheckReport
+    from onecopy.fs.dedupe import DedupeReport
+    from onecopy.fs.usage import Extent, Usage
+
+Progress = Callable[[int, int, str], None]  # (done, total, "bytes" | "files" | "pages")
+
+_REMOVE_BATCH = 256  # names that `rmtree` removes in one transaction
+
+
+@dataclass(frozen=True)
+class PoolInfo:
+    """A pool: sizes in bytes or pages of 4,096 bytes, generations, and who has it open."""
+
+    path: str
+    uuid: str
+    size: int
+    page_size: int
+    pages: int
+    used_pages: int
+    free_pages: int
+    waiting_pages: int
+    pinned_pages: int
+    backed_bytes: int
+    generation: int
+    durable_generation: int
+    subvolumes: int
+    users: list[User]
+
+
+@dataclass(frozen=True)
+class DirEntry:
+    """A name in a directory; `kind` is "file", "dir", "symlink" or "subvolume"."""
+
+    name: str
+    ino: int
+    kind: str
+
+
+@dataclass(frozen=True)
+class SubvolumeInfo:
+    """A subvolume: its number, path, the number of the one it is in and of its origin (0: none), inodes in it."""
+
+    id: int
+    path: str
+    parent: int
+    origin: int
+    inodes: int
+    created: int
+
+
+class FileSystem:
+    """An open pool. Thread-safe; a context manager; a forked child may go on using it.
+
+    Paths are absolute within the pool. Offsets and lengths are bytes. Every call is atomic for other processes and
+    returns with nothing changed when it raises. Errors are OSErrors with the kernel's errno.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], mode: str = "r+") -> None:
+        if mode not in ("r", "r+"):
+            raise invalid(f"mode {mode!r}: say 'r' or 'r+'", os.fspath(path))
+        self.path, self.mode = os.path.abspath(os.fspath(path)), mode
+        self._mount = Mount(self.path, writable=mode == "r+")
+        self._device = zlib.crc32(self._mount.pool.uuid.bytes) << 20
+
+    # ------------------------------------------------------------- handle
+
+    @property
+    def closed(self) -> bool:
+        """True after `close`."""
+        return self._mount.closed
+
+    def close(self) -> None:
+        """Make everything durable and let go of the pool. Mappings and arrays stay valid."""
+        self._mount.close()
+
+    def __enter__(self) -> "FileSystem":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<onecopy.FileSystem {self.path!r} {'closed' if self.closed else self.mode}>"
+
+    def sync(self) -> None:
+        """Make everything done so far survive a power cut (as far as the pool file's own storage does)."""
+        self._mount.sync()
+
+    def info(self) -> PoolInfo:
+        """Return sizes, generations and users of the pool."""
+        mount = self._mount
+        mount.check_open()
+        with mount.lock:
+            mount.settle()
+            view, array = mount.live_view(), mount.frames.array
+            free = mount.runtime.get("free")
+            return PoolInfo(
+                path=self.path,
+                uuid=str(mount.pool.uuid),
+                size=mount.pool.frames * PAGE,
+                page_size=PAGE,
+                pages=mount.pool.frames,
+                used_pages=int(np.count_nonzero(array & USED)),
+                free_pages=free,
+                waiting_pages=mount.limbo.waiting(view.limbo_tail),
+                pinned_pages=int(np.count_nonzero(array & PINNED)),
+                backed_bytes=os.fstat(mount.pool.fd).st_blocks * 512,
+                generation=view.generation,
+                durable_generation=mount.runtime.get("durable_generation"),
+                subvolumes=sum(1 for _ in ROOTS.items(view.words, view.roots)),
+                users=slots.users(mount.runtime),
+            )
+
+    # -------------------------------------------------------------- names
+
+    def stat(self, path: str) -> os.stat_result:
+        """Return the status of what `path` leads to; st_dev tells subvolumes apart."""
+        return self._stat(path, follow=True)
+
+    def lstat(self, path: str) -> os.stat_result:
+        """`stat`, but of a symbolic link itself."""
+        return self._stat(path, follow=False)
+
+    def _stat(self, path: str, *, follow: bool) -> os.stat_result:
+        with self._mount.reading() as view:
+            place = namei.existing(view, path, follow=follow)
+            if place.number == PHANTOM:
+                now = inodes.load(view, place.parent_subvolume, place.parent)
+                fields = (stat.S_IFDIR | 0o555, 2, now.uid, now.gid, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, b"")
+                return Inode(place.subvolume, PHANTOM, fields).status(self._device)
+            return inodes.load(view, place.subvolume, place.number).status(self._device)
+
+    def exists(self, path: str) -> bool:
+        """Return whether `path` leads to anything."""
+        try:
+            with self._mount.reading() as view:
+                return namei.walk(view, path).exists
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG):
+                return False
+            raise
+
+    def scandir(self, path: str = "/") -> list[DirEntry]:
+        """Return a directory's entries by name."""
+        with self._mount.reading() as view:
+            directory = namei.directory_at(view, path)
+            found = directories.entries(view, directory) if directory is not None else []
+        return sorted((DirEntry(os.fsdecode(e.name), e.target, KIND_NAMES[e.kind]) for e in found), key=lambda e: e.name)
+
+    def listdir(self, path: str = "/") -> list[str]:
+        """Return the sorted names in a directory."""
+        with self._mount.reading() as view:
+            directory = namei.directory_at(view, path)
+            found = directories.entries(view, directory) if directory is not None else []
+        return sorted(os.fsdecode(entry.name) for entry in found)
+
+    def walk(self, path: str = "/") -> Iterator[tuple[str, list[str], list[str]]]:
+        """Yield (directory, names of directories in it, other names) top down, as os.walk; the lists may be pruned."""
+        folders, files = [], []
+        for entry in self.scandir(path):
+            (folders if entry.kind in ("dir", "subvolume") else files).append(entry.name)
+        yield path, folders, files
+        for name in folders:
+            yield from self.walk(join(path, name))
+
+    def mkdir(self, path: str, mode: int = 0o755, *, parents: bool = False, exist_ok: bool = False) -> None:
+        """Make a directory. `parents`: those that are missing, too. `exist_ok`: it may be there already."""
+
+        def work(tx: Tx) -> None:
+            names = namei.split(path)
+            for depth in range(1 if parents else len(names), len(names) + 1):
+                here = "/" + os.fsdecode(b"/".join(names[:depth]))
+                place = namei.walk(tx, here, follow=depth < len(names))
+                if place.exists:
+                    is_directory = place.kind in (DIRECTORY, SUBVOLUME)
+                    if not is_directory and depth < len(names):
+                        raise posix(errno.ENOTDIR, here)
+                    if not is_directory or (depth == len(names) and not exist_ok):
+                        raise posix(errno.EEXIST, path)
+                    continue
+                namei.writable_parent(place)
+                new = inodes.make(tx, place.parent_subvolume, stat.S_IFDIR | (mode & 0o7777), parent=place.parent)
+                new.links = 2
+                inodes.save(tx, new)
+                directories.insert(tx, namei.parent_of(tx, place), place.name, new.number, DIRECTORY)
+            if not names and not exist_ok:
+                raise posix(errno.EEXIST, path)
+
+        self._mount.run(work)
+
+    def rmdir(self, path: str) -> None:
+        """Remove an empty directory."""
+
+        def work(tx: Tx) -> None:
+            place = namei.existing(tx, path, follow=False)
+            if place.kind not in (DIRECTORY, SUBVOLUME):
+                raise posix(errno.ENOTDIR, path)
+            self._remove_directory(tx, place)
+
+        self._mount.run(work, reserve=True)
+
+    @staticmethod
+    def _remove_directory(tx: Tx, place: Place) -> None:
+        if not place.name:
+            raise posix(errno.EBUSY, place.path, "the top of the pool")
+        namei.writable_parent(place)
+        if place.number != PHANTOM:
+            if inodes.load(tx, place.subvolume, place.number).size:
+                raise posix(errno.ENOTEMPTY, place.path)
+            if place.kind == SUBVOLUME:
+                sharing.delete_subvolume(tx, place)
+                return
+            inodes.remove(tx, inodes.change(tx, place.subvolume, place.number))
+        directories.remove(tx, namei.parent_of(tx, place), place.name)
+
+    def unlink(self, path: str) -> None:
+        """Remove a name of a file or symbolic link; the last one takes the content. Mappings of it stay valid."""
+
+        def work(tx: Tx) -> None:
+            place = namei.existing(tx, path, follow=False)
+            if place.kind in (DIRECTORY, SUBVOLUME):
+                raise posix(errno.EISDIR, path)
+            self._unlink(tx, place)
+
+        self._mount.run(work, reserve=True)
+
+    @staticmethod
+    def _unlink(tx: Tx, place: Place) -> None:
+        namei.writable_parent(place)
+        directories.remove(tx, namei.parent_of(tx, place), place.name)
+        drop_link(tx, place.subvolume, place.number)
+
+    def rmtree(self, path: str, *, progress: Progress | None = None) -> None:
+        """Remove a directory with all that is in it; a subvolume at once. Others may see it half removed."""
+        with self._mount.reading() as view:
+            place = namei.existing(view, path, follow=False)
+        if place.kind == SUBVOLUME and place.number != PHANTOM:
+            for inner in [s.path for s in self.list_subvolumes() if s.path.startswith(path.rstrip("/") + "/")][::-1]:
+                self.delete_subvolume(inner)
+            self.delete_subvolume(path)
+            return
+        if place.kind not in (DIRECTORY, SUBVOLUME):
+            raise posix(errno.ENOTDIR, path)
+        nested = {one.path for one in self.list_subvolumes()}
+        done = 0
+        for folder, _, files in list(self.walk(path))[::-1]:
+            for at in range(0, len(files), _REMOVE_BATCH):
+                batch = files[at : at + _REMOVE_BATCH]
+                self._mount.run(lambda tx, folder=folder, batch=batch: self._unlink_all(tx, folder, batch), reserve=True)
+                done += len(batch)
+                if progress:
+                    progress(done, done, "files")
+            if folder in nested:
+                self.delete_subvolume(folder)
+            elif folder != "/":
+                self.rmdir(folder)
+
+    def _unlink_all(self, tx: Tx, folder: str, names: list[str]) -> None:
+        for name in names:
+            self._unlink(tx, namei.existing(tx, join(folder, name), follow=False))
+
+    def rename(self, src: str, dst: str) -> None:
+        """Rename, replacing a file or an empty directory at `dst`, atomically. EXDEV between subvolumes."""
+
+        def work(tx: Tx) -> None:
+            source = namei.existing(tx, src, follow=False)
+            target = namei.walk(tx, dst, follow=False)
+            self._check_rename(tx, source, target)
+            if source.parent == target.parent and source.name == target.name:
+                return
+            if target.exists:
+                if (target.subvolume, target.number) == (source.subvolume, source.number):
+                    return  # two names of one file: rename(2) does nothing
+                if target.kind in (DIRECTORY, SUBVOLUME):
+                    self._remove_directory(tx, target)
+                else:
+                    self._unlink(tx, target)
+            moved = directories.remove(tx, namei.parent_of(tx, source), source.name)
+            directories.insert(tx, namei.parent_of(tx, target), target.name, moved.target, moved.kind)
+            if source.kind == SUBVOLUME:
+                home = tx.subvolume(moved.target)
+                if home is not None and source.number != PHANTOM:
+                    tx.change(home).directory = target.parent
+                return
+            inode = inodes.change(tx, source.subvolume, source.number)
+            inode.changed = time.time_ns()
+            if inode.is_directory:
+                inode.parent = target.parent
+            inodes.save(tx, inode)
+
+        self._mount.run(work)
+
+    @staticmethod
+    def _check_rename(tx: Tx, source: Place, target: Place) -> None:
+        for place in (source, target):
+            if not place.name:
+                raise posix(errno.EBUSY, place.path, "the top of the pool")
+            namei.writable_parent(place)
+        if source.parent_subvolume != target.parent_subvolume:
+            raise CrossSubvolume("rename stays within one subvolume; clone, then remove", path=target.path)
+        source_is_directory = source.kind in (DIRECTORY, SUBVOLUME)
+        if target.exists and source_is_directory != (target.kind in (DIRECTORY, SUBVOLUME)):
+            raise posix(errno.ENOTDIR if source_is_directory else errno.EISDIR, target.path)
+        if source_is_directory:
+            above = target.parent
+            while True:
+                if source.kind == DIRECTORY and above == source.number:
+                    raise invalid("a directory can't become part of itself", target.path)
+                if above == ROOT_INODE:
+                    break
+                above = inodes.load(tx, target.parent_subvolume, above).parent
+
+    def link(self, src: str, dst: str) -> None:
+        """Give the file at `src` a second name. EXDEV between subvolumes, EPERM for a directory."""
+
+        def work(tx: Tx) -> None:
+            source = namei.existing(tx, src, follow=False)
+            if source.kind in (DIRECTORY, SUBVOLUME):
+                raise posix(errno.EPERM, src, "a directory has one name")
+            place = namei.new_name(tx, dst)
+            if source.subvolume != place.parent_subvolume:
+                raise CrossSubvolume("a hard link stays within one subvolume; clone instead", path=dst)
+            inode = inodes.change(tx, source.subvolume, source.number)
+            inode.links += 1
+            inode.changed = time.time_ns()
+            inodes.save(tx, inode)
+            directories.insert(tx, namei.parent_of(tx, place), place.name, inode.number, source.kind)
+
+        self._mount.run(work)
+
+    def symlink(self, target: str, path: str) -> None:
+        """Make a symbolic link at `path` to `target`, which need not exist."""
+        raw = os.fsencode(target)
+        if not raw or b"\0" in raw:
+            raise invalid("a symbolic link needs a target without zero bytes", path)
+        if len(raw) > namei.PATH_MAX:
+            raise posix(errno.ENAMETOOLONG, path)
+
+        def work(tx: Tx) -> None:
+            place = namei.new_name(tx, path)
+            inode = inodes.make(tx, place.parent_subvolume, stat.S_IFLNK | 0o777)
+            content.write(tx, inode, 0, memoryview(raw))
+            directories.insert(tx, namei.parent_of(tx, place), place.name, inode.number, SYMLINK)
+
+        self._mount.run(work)
+
+    def readlink(self, path: str) -> str:
+        """Return a symbolic link's target; EINVAL for anything else."""
+        with self._mount.reading() as view:
+            place = namei.existing(view, path, follow=False)
+            if place.kind != SYMLINK:
+                raise invalid("not a symbolic link", path)
+            return os.fsdecode(content.read(view, inodes.load(view, place.subvolume, place.number), 0, None))
+
+    # --------------------------------------------------------- attributes
+
+    def chmod(self, path: str, mode: int) -> None:
+        """Set the permission bits. The pool itself does not check them: who may open the pool file may do everything."""
+        self._set(path, lambda inode: setattr(inode, "mode", stat.S_IFMT(inode.mode) | (mode & 0o7777)))
+
+    def chown(self, path: str, uid: int, gid: int) -> None:
+        """Set owner and group; -1 leaves one as it is."""
+
+        def work(inode: Inode) -> None:
+            inode.uid, inode.gid = inode.uid if uid == -1 else uid, inode.gid if gid == -1 else gid
+
+        self._set(path, work)
+
+    def utime(self, path: str, ns: tuple[int, int] | None = None) -> None:
+        """Set access and modification time in nanoseconds; None: now."""
+        accessed, modified = ns if ns is not None else (time.time_ns(),) * 2
+
+        def work(inode: Inode) -> None:
+            inode.accessed, inode.modified = accessed, modified
+
+        self._set(path, work)
+
+    def _set(self, path: str, work: Callable[[Inode], None], *, follow: bool = True) -> None:
+        def change(tx: Tx) -> None:
+            inode = self._change(tx, path, follow=follow)
+            work(inode)
+            inode.changed = time.time_ns()
+            inodes.save(tx, inode)
+
+        self._mount.run(change)
+
+    @staticmethod
+    def _change(tx: Tx, path: str, *, follow: bool = True) -> Inode:
+        place = namei.existing(tx, path, follow=follow)
+        if place.number == PHANTOM:
+            raise posix(errno.EPERM, path, "an empty directory standing for a subvolume of the origin")
+        return inodes.change(tx, place.subvolume, place.number)
+
+    def setxattr(self, path: str, name: str, value: bytes) -> None:
+        """Set an extended attribute of up to 64 KiB."""
+        self._mount.run(lambda tx: attributes.change(tx, self._change(tx, path), name, bytes(value)))
+
+    def removexattr(self, path: str, name: str) -> None:
+        """Remove an extended attribute; ENODATA when there is none."""
+        self._mount.run(lambda tx: attributes.change(tx, self._change(tx, path), name, None), reserve=True)
+
+    def getxattr(self, path: str, name: str) -> bytes:
+        """Return an extended attribute; ENODATA when there is none."""
+        found = self._attributes(path)
+        if name not in found:
+            raise posix(errno.ENODATA, path)
+        return found[name]
+
+    def listxattr(self, path: str) -> list[str]:
+        """Return the names of the extended attributes."""
+        return sorted(self._attributes(path))
+
+    def _attributes(self, path: str) -> dict[str, bytes]:
+        with self._mount.reading() as view:
+            place = namei.existing(view, path)
+            if place.number == PHANTOM:
+                return {}
+            return attributes.load(view, inodes.load(view, place.subvolume, place.number))
+
+    # ------------------------------------------------------------ content
+
+    def create(self, path: str, mode: int = 0o644, *, exist_ok: bool = True) -> None:
+        """Make an empty file; one that is there is left alone, or EEXIST."""
+        self._mount.run(lambda tx: self._created(tx, path, mode, exist_ok=exist_ok))
+
+    @staticmethod
+    def _created(tx: Tx, path: str, mode: int = 0o644, *, exist_ok: bool = True) -> Inode:
+        """Return the file at `path` to change it, made when missing."""
+        place = namei.walk(tx, path)
+        if place.exists:
+            if not exist_ok:
+                raise posix(errno.EEXIST, path)
+            if place.kind != FILE:
+                raise posix(errno.EISDIR, path)
+            return inodes.change(tx, place.subvolume, place.number)
+        if path.endswith("/"):
+            raise posix(errno.EISDIR, path)
+        namei.writable_parent(place)
+        inode = inodes.make(tx, place.parent_subvolume, stat.S_IFREG | (mode & 0o7777))
+        directories.insert(tx, namei.parent_of(tx, place), place.name, inode.number, FILE)
+        return inode
+
+    def read(self, path: str, offset: int = 0, size: int | None = None) -> bytes:
+        """Return up to `size` bytes (all: None) from `offset` on."""
+        with self._mount.reading() as view:
+            return content.read(view, namei.file_at(view, path), offset, size)
+
+    def readinto(self, path: str, buffer: "Buffer", offset: int = 0) -> int:
+        """Fill `buffer` from `offset` on; return how many bytes there were."""
+        view = memoryview(buffer).cast("B")
+        with self._mount.reading() as generation:
+            return content.read_into(generation, namei.file_at(generation, path), offset, view)
+
+    def write(self, path: str, data: "Buffer", offset: int = 0) -> int:
+        """Store `data` at `offset` of the file, made when missing; return its length."""
+        view = memoryview(data).cast("B")
+        self._mount.run(lambda tx: content.write(tx, self._created(tx, path), offset, view))
+        return len(view)
+
+    def _on_file(self, path: str, work: Callable[..., None], *arguments: int, reserve: bool = False) -> None:
+        self._mount.run(lambda tx: work(tx, namei.change_file(tx, path), *arguments), reserve=reserve)
+
+    def truncate(self, path: str, size: int) -> None:
+        """Make the file `size` bytes long; what is new is a hole."""
+        self._on_file(path, content.truncate, size, reserve=True)
+
+    def allocate(self, path: str, offset: int, length: int) -> None:
+        """Reserve frames for the range, so that writing there can't fail for want of space; grows the file."""
+        self._on_file(path, content.allocate, offset, length)
+
+    def punch(self, path: str, offset: int, length: int) -> None:
+        """Make the range a hole that reads as zeros."""
+        self._on_file(path, content.punch, offset, length, reserve=True)
+
+    def zero(self, path: str, offset: int, length: int) -> None:
+        """Make the range read as zeros and keep it allocated; grows the file."""
+        self._on_file(path, content.zero, offset, length)
+
+    def collapse(self, path: str, offset: int, length: int) -> None:
+        """Cut whole pages out of the middle."""
+        self._on_file(path, content.collapse, offset, length, reserve=True)
+
+    def insert(self, path: str, offset: int, length: int) -> None:
+        """Insert whole pages of hole in the middle."""
+        self._on_file(path, content.insert, offset, length)
+
+    def unshare(self, path: str, offset: int = 0, length: int | None = None) -> None:
+        """Give the file frames of its own wherever the range (all: None) is shared."""
+        self._on_file(path, content.unshare, offset, content.MAX_SIZE - offset if length is None else length)
+
+    def seek(self, path: str, offset: int, whence: str) -> int:
+        """Return the first offset from `offset` on that is in "data", or in a "hole" (the end is one). ENXIO past it."""
+        with self._mount.reading() as view:
+            return content.seek(view, namei.file_at(view, path), offset, whence)
+
+    # ------------------------------------------------------------ sharing
+
+    def clone(self, src: str, dst: str) -> None:
+        """Make `dst` a new file that shares all of `src`; takes the same time for any size."""
+        self._mount.run(lambda tx: sharing.clone_file(tx, namei.file_at(tx, src), namei.new_name(tx, dst)) and None)
+
+    def clone_tree(self, src: str, dst: str, *, progress: Progress | None = None) -> None:
+        """Clone a directory tree: a subvolume at once (`snapshot`), others file by file, all or nothing."""
+
+        def work(tx: Tx) -> int:
+            source = namei.existing(tx, src)
+            if source.kind == SUBVOLUME and source.number != PHANTOM:
+                sharing.snapshot(tx, source, namei.new_name(tx, dst, directory=True))
+                return 0
+            directory = namei.directory_at(tx, src)
+            if directory is None:
+                raise invalid("an empty directory standing for a subvolume of the origin", src)
+            place = namei.new_name(tx, dst, directory=True)
+            self._check_outside(tx, directory, place)
+            return sharing.clone_directory(tx, directory, place)
+
+        files = self._mount.run(work)
+        if progress:
+            progress(files, files, "files")
+
+    @staticmethod
+    def _check_outside(tx: Tx, directory: Inode, place: Place) -> None:
+        subvolume, above = place.parent_subvolume, place.parent
+        while True:
+            if (subvolume, above) == (directory.subvolume, directory.number):
+                raise invalid("the destination lies inside its own source", place.path)
+            if above != ROOT_INODE:
+                above = inodes.load(tx, subvolume, above).parent
+                continue
+            home = tx.subvolume(subvolume)
+            if home is None or home.id == TOP:
+                return
+            subvolume, above = home.parent, home.directory
+
+    def clone_range(self, src: str, src_offset: int, dst: str, dst_offset: int, length: int) -> None:
+        """Make `length` bytes of `dst` (0: up to the end of `src`) share those of `src`; as ioctl FICLONERANGE."""
+        self._mount.run(lambda tx: sharing.clone_range(tx, *self._pair(tx, src, src_offset, dst, dst_offset), length))
+
+    def dedupe_range(self, a: str, a_offset: int, b: str, b_offset: int, length: int) -> bool:
+        """Share two ranges if their bytes are equal, compared under the lock; return whether they are."""
+        return self._mount.run(lambda tx: sharing.dedupe_range(tx, *self._pair(tx, a, a_offset, b, b_offset), length))
+
+    @staticmethod
+    def _pair(tx: Tx, a: str, a_offset: int, b: str, b_offset: int) -> tuple[Inode, int, Inode, int]:
+        first = namei.change_file(tx, a)
+        other = namei.file_at(tx, b)
+        if (first.subvolume, first.number) == (other.subvolume, other.number):
+            return first, a_offset, first, b_offset
+        return first, a_offset, inodes.change(tx, other.subvolume, other.number), b_offset
+
+    def dedupe(
+        self, paths: tuple[str, ...] | list[str] = ("/",), *, apply: bool = False, progress: Progress | None = None
+    ) -> "DedupeReport":
+        """Find equal pages below `paths`; report what sharing them frees, or (`apply`) share them."""
+        from onecopy.fs import dedupe
+
+        return dedupe.dedupe(self, paths, apply=apply, progress=progress)
+
+    def create_subvolume(self, path: str, mode: int = 0o755) -> None:
+        """Make an empty subvolume: a directory tree that `snapshot` clones whole."""
+        self._mount.run(lambda tx: sharing.create_subvolume(tx, namei.new_name(tx, path, directory=True), stat.S_IFDIR | mode) and None)
+
+    def snapshot(self, src: str, dst: str) -> None:
+        """Clone the subvolume `src` as `dst`; takes the same time for any number of files."""
+        self._mount.run(
+            lambda tx: sharing.snapshot(tx, namei.existing(tx, src), namei.new_name(tx, dst, directory=True)) and None
+        )
+
+    def delete_subvolume(self, path: str) -> None:
+        """Delete a subvolume with all that is in it; EBUSY while another one lies in it."""
+        self._mount.run(lambda tx: sharing.delete_subvolume(tx, namei.existing(tx, path, follow=False)), reserve=True)
+
+    def list_subvolumes(self) -> list[SubvolumeInfo]:
+        """Return the pool's subvolumes by path, the top ("/") included."""
+        with self._mount.reading() as view:
+            found = [one for number, _ in ROOTS.items(view.words, view.roots) if (one := view.subvolume(number))]
+            by_number = {one.id: one for one in found}
+
+            def path_of(number: int) -> str:
+                one = by_number[number]
+                if number == TOP:
+                    return "/"
+                names: list[str] = []
+                child, above, kind = number, one.directory, SUBVOLUME
+                while True:
+                    directory = inodes.load(view, one.parent, above)
+                    names += [os.fsdecode(e.name) for e in directories.entries(view, directory) if (e.target, e.kind) == (child, kind)]
+                    if above == ROOT_INODE:
+                        return join(path_of(one.parent), *names[::-1])
+                    child, above, kind = above, directory.parent, DIRECTORY
+
+            result = [
+                SubvolumeInfo(one.id, path_of(one.id), one.parent, one.origin, one.inodes, one.created) for one in found
+            ]
+        return sorted(result, key=lambda one: one.path)
+
+    # ------------------------------------------------------------- seeing
+
+    def extents(self, path: str) -> "list[Extent]":
+        """Return the file's runs: page, PFN, pages, how many files reach them, and state."""
+        from onecopy.fs import usage
+
+        with self._mount.reading() as view:
+            return usage.file_extents(view, namei.file_at(view, path))
+
+    def du(self, path: str = "/") -> "Usage":
+        """Return what the tree at `path` holds: logical bytes, bytes only it reaches, bytes it shares with others."""
+        from onecopy.fs import usage
+
+        with self._mount.reading() as view:
+            return usage.measure(view, path)
+
+    def du_each(self, path: str = "/") -> "list[Usage]":
+        """Return `du` of each direct child of a directory."""
+        return [self.du(join(path, name)) for name in self.listdir(path)]
+
+    def check(self) -> "CheckReport":
+        """Recount everything from the trees, while nobody changes them; return what does not agree."""
+        from onecopy.fs import check
+
+        return check.check_mounted(self._mount)
+
+    # ------------------------------------------------------ host and pool
+
+    def put(self, src: str | os.PathLike[str], dst: str, *, progress: Progress | None = None) -> None:
+        """Copy a file or a whole tree from the host into the pool; a file at `dst` is replaced, a tree must be new."""
+        from onecopy.fs import transfer
+
+        transfer.put(self, os.fspath(src), dst, progress=progress)
+
+    def get(self, src: str, dst: str | os.PathLike[str], *, progress: Progress | None = None) -> None:
+        """Copy a file or a whole tree from the pool to the host; a file at `dst` is replaced, a tree must be new."""
+        from onecopy.fs import transfer
+
+        transfer.get(self, src, os.fspath(dst), progress=progress)
+
+    # ------------------------------------------------------------ mapping
+
+    def map(self, path: str, mode: str = "r") -> Mapping:
+        """Map a file into memory: one contiguous, read-only buffer over the pool's own pages, paid for once by all.
+
+        It shows the file as it is now, also after later writes; what must not change while it lives is kept (pinned).
+        """
+        if mode != "r":
+            raise invalid(f"mode {mode!r}: a mapping is read-only, mode 'r'", path)
+        if self.mode == "r+":
+            with self._mount.reading() as view:
+                small = namei.file_at(view, path).content
+            if small:  # give it a page of its own, which others can map, too
+                self._on_file(path, lambda tx, inode: (content.to_pages(tx, inode), inodes.save(tx, inode)) and None)
+        return self._mount.map(lambda view: namei.file_at(view, path), path)
+
+    def array(
+        self,
+        path: str,
+        mode: str = "r",
+        *,
+        dtype: Any = None,
+        shape: int | tuple[int, ...] | None = None,
+        offset: int = 0,
+        order: str = "C",
+    ) -> "np.ndarray[Any, Any]":
+        """Map a file as a numpy array: a .npy file as it says, anything else by `dtype`, `shape` (default: all), `offset`."""
+        from onecopy.fs import arrays
+
+        return arrays.array(self, path, mode, dtype=dtype, shape=shape, offset=offset, order=order)
+
+
+def join(path: str, *names: str) -> str:
+    """Return the path of names below `path`."""
+    return "/".join([path.rstrip("/"), *names])
+
+
+def drop_link(tx: Tx, subvolume: int, number: int) -> None:
+    """Take one name from an inode; without any it goes, with its content."""
+    inode = inodes.change(tx, subvolume, number)
+    inode.links -= 1
+    if inode.links:
+        inode.changed = time.time_ns()
+        inodes.save(tx, inode)
+    else:
+        inodes.remove(tx, inode)
+

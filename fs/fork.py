@@ -1,0 +1,49 @@
+"""fork as a normal event: a child is a full user of every pool its parent has open, from its first instruction.
+
+Before the fork the parent takes the transaction locks (so no transaction is cut in half) and makes, for every handle, the
+child's slot with the same pins. The slot's lock lives on a descriptor that the child inherits; when the parent
+closes its copy, the child alone keeps it. In the child every lock gets a descriptor of its own.
+"""
+
+import os
+
+from onecopy.daxemu.locks import RankedLock, forget_held
+from onecopy.fs.mount import MOUNTS, Mount
+
+_prepared: list[tuple[RankedLock, list[Mount]]] = []
+
+
+def _before() -> None:
+    by_pool: dict[str, list[Mount]] = {}
+    for mount in list(MOUNTS):
+        if mount.slot.fd >= 0 and mount.pid == os.getpid():
+            by_pool.setdefault(mount.runtime.path, []).append(mount)
+    for _, mounts in sorted(by_pool.items()):  # one order everywhere: two forking processes can't wait in a circle
+        # Handles of one pool exclude each other through the file: one lock serves for all of them, preferably one that
+        # this thread holds already (a callback within a transaction that forks).
+        lock = next((mount.lock for mount in mounts if mount.lock.held_here), mounts[0].lock)
+        lock.acquire(ranked=False)
+        _prepared.append((lock, mounts))
+        for mount in mounts:
+            mount.prepare_child()
+
+
+def _after_in_parent() -> None:
+    for lock, mounts in _prepared:
+        for mount in mounts:
+            if mount.child_slot is not None:
+                os.close(mount.child_slot.fd)
+                mount.child_slot = None
+        lock.release()
+    _prepared.clear()
+
+
+def _after_in_child() -> None:
+    forget_held()
+    for _, mounts in _prepared:
+        for mount in mounts:
+            mount.become_child()
+    _prepared.clear()
+
+
+os.register_at_fork(before=_before, after_in_parent=_after_in_parent, after_in_child=_after_in_child)

@@ -1,0 +1,130 @@
+"""A pool's life: format, open, check, remove; and sweeping up run-time files whose pool is gone."""
+
+import errno
+import os
+
+from onecopy.daxemu import pool as pools
+from onecopy.daxemu import runtime, slots
+from onecopy.daxemu.errors import NotAPool, OneCopyError, PoolBusy
+from onecopy.daxemu.locks import open_private, try_mount
+from onecopy.daxemu.pool import Pool
+from onecopy.daxemu.units import parse_size
+from onecopy.fs.check import CheckReport, check_pool
+from onecopy.fs.filesystem import FileSystem, PoolInfo
+from onecopy.fs.rebuild import make_trees
+
+
+def format(path: str | os.PathLike[str], size: int | str = "8G", *, force: bool = False, mode: int = 0o600) -> PoolInfo:
+    """Make an empty pool of `size` (bytes, or text such as "8G") at `path`; its storage grows with what it holds.
+
+    Raises FileExistsError unless `force`; PoolBusy when the pool there is in use; NoSpace; OneCopyError (EINVAL).
+    """
+    path = os.path.abspath(os.fspath(path))
+    sweep()
+    with _Exclusive(path) if force and os.path.isfile(path) else _Nothing() as old:
+        pools.create(path, parse_size(size), mode, make_trees, force=force)
+        old.forget_runtime()
+    with open(path) as fs:
+        return fs.info()
+
+
+def open(path: str | os.PathLike[str], mode: str = "r+") -> FileSystem:
+    """Open a pool: "r+" to read and change it, "r" to read only.
+
+    Raises FileNotFoundError, PermissionError, NotAPool, PoolVersionError, CorruptRecord, PoolBusy, RuntimeLost.
+    """
+    return FileSystem(path, mode)
+
+
+def check(path: str | os.PathLike[str]) -> CheckReport:
+    """Check the durable state of a pool, in use or not, also when it is too damaged to be opened."""
+    return check_pool(os.fspath(path))
+
+
+def remove(path: str | os.PathLike[str]) -> None:
+    """Delete a pool with its run-time files. PoolBusy while somebody uses it; NotAPool for any other file."""
+    path = os.path.abspath(os.fspath(path))
+    with _Exclusive(path) as old:
+        if old.paths is None:
+            raise NotAPool("not a pool; this deletes pools only", path=path)
+        os.unlink(path)
+        old.forget_runtime()
+
+
+class _Nothing:
+    """What `_Exclusive` is when there is no pool to exclude others from."""
+
+    def __enter__(self) -> "_Nothing":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def forget_runtime(self) -> None:
+        """Do nothing."""
+
+
+class _Exclusive(_Nothing):
+    """The mount lock on an existing file, held exclusively; PoolBusy when that can't be had at once."""
+
+    def __init__(self, path: str) -> None:
+        self.paths: tuple[str, str] | None = None
+        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        if not try_mount(self.fd, exclusive=True):
+            os.close(self.fd)
+            raise PoolBusy("processes have the pool open; 'onecopy info' lists them", path=path)
+        try:
+            pool = Pool(path, writable=False)
+        except OneCopyError:
+            return  # damaged, or no pool at all: no run-time file can be found through it
+        self.paths = runtime.runtime_paths(pool)
+        pool.close()
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self.fd)
+
+    def forget_runtime(self) -> None:
+        """Delete the run-time file and the lock file of the pool that was there."""
+        for path in self.paths or ():
+            if os.path.lexists(path):
+                os.unlink(path)
+
+
+def sweep() -> list[str]:
+    """Delete run-time files of ours whose pool is gone and which nobody uses; return their paths."""
+    swept = []
+    for name in os.listdir(runtime.FOLDER):
+        path = os.path.join(runtime.FOLDER, name)
+        if not name.startswith("onecopy-") or name.endswith(".lock"):
+            continue
+        try:
+            fd = open_private(path, os.O_RDWR)
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.EACCES, errno.ELOOP):
+                continue
+            raise
+        try:
+            data = os.pread(fd, runtime.HEADER.size, 0)
+            if len(data) < runtime.HEADER.size:
+                continue
+            header = runtime.HEADER.unpack(data)
+            where = os.fsdecode(bytes(header["path"]).rstrip(b"\0"))  # type: ignore[arg-type]
+            if header["magic"] != runtime.MAGIC or not where or slots.in_use(fd):
+                continue
+            try:
+                status = os.stat(where)
+                if (status.st_dev, status.st_ino) == (header["device"], header["inode"]):
+                    continue
+            except FileNotFoundError:
+                pass
+            except OSError:
+                continue
+            for gone in (path, path + ".lock"):
+                if os.path.lexists(gone):
+                    os.unlink(gone)
+            swept.append(path)
+        finally:
+            os.close(fd)
+    return swept
+
+

@@ -1,0 +1,75 @@
+"""Running verbs: in this process for speed, in one of their own where signals, pipes or terminals matter."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from onecopy.cli.main import app
+
+PROGRAM = [sys.executable, "-c", "from onecopy.cli.main import run; run()"]
+
+
+class Cli:
+    """Calls verbs in this process. `err` is what the last one wrote to stderr."""
+
+    err = ""
+
+    def __call__(self, *args, status=0):
+        """Run a verb, hold it to its exit status and return its stdout."""
+        return self.raw(*args, status=status).decode()
+
+    def raw(self, *args, status=0):
+        result = CliRunner().invoke(app, [str(arg) for arg in args])
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        self.err = result.stderr
+        assert result.exit_code == status, result.output
+        assert "Traceback" not in self.err
+        return result.stdout_bytes
+
+    def json(self, *args, status=0):
+        """Run a verb with --json and return its one object, without the schema number."""
+        found = json.loads(self(*args, "--json", status=status))
+        assert found.pop("schema") == 1
+        return found
+
+    def fails(self, *args):
+        """Run a verb that has to fail, with and without --json; hold stderr to one line; return the error object."""
+        assert self(*args, status=2) == ""
+        line = self.err
+        found = self.json(*args, status=2)
+        assert list(found) == ["error"]
+        assert self.err == line
+        assert line.startswith("onecopy: ") and line.count("\n") == 1 and line.endswith("\n")
+        return found["error"]
+
+
+@pytest.fixture
+def cli():
+    return Cli()
+
+
+@pytest.fixture
+def program():
+    """Start verbs in processes of their own; whatever still runs at the end is killed."""
+    started = []
+
+    def start(*args, **options):
+        options = {
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.PIPE,
+            "env": os.environ | {"TERM": "xterm"},
+            **options,
+        }
+        process = subprocess.Popen([*PROGRAM, *map(str, args)], **options)
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        with process:
+            process.kill()

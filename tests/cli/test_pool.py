@@ -1,0 +1,65 @@
+"""format, info, check."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+import onecopy
+
+
+def test_format_makes_a_pool_of_the_size_asked_for(cli, pool_path):
+    assert "64.0 MiB" in cli("format", pool_path, "--size", "64M")
+    with onecopy.open(pool_path) as fs:
+        assert fs.info().size == 64 << 20
+
+
+def test_format_reports_the_pool_as_json(cli, pool_path):
+    made = cli.json("format", pool_path, "--size", "64M")
+    assert made["verb"] == "format"
+    assert made["pool"]["size"] == 64 << 20 == made["pool"]["pages"] * made["pool"]["page_size"]
+    assert Path(made["pool"]["path"]).samefile(pool_path)
+
+
+def test_format_replaces_a_pool_only_when_forced(cli, pool_path):
+    cli("format", pool_path, "--size", "64M")
+    with onecopy.open(pool_path) as fs:
+        fs.write("/kept", b"x")
+    assert cli.fails("format", pool_path, "--size", "64M")["errno"] == "EEXIST"
+    assert "--force" in cli.err
+    with onecopy.open(pool_path) as fs:
+        assert fs.exists("/kept")
+    cli("format", pool_path, "--size", "64M", "--force")
+    with onecopy.open(pool_path) as fs:
+        assert not fs.exists("/kept")
+
+
+@pytest.mark.parametrize("size", ["8X", "", "-1G", "many"])
+def test_format_refuses_what_is_no_size(cli, pool_path, size):
+    assert cli.fails("format", pool_path, "--size", size)["errno"] == "EINVAL"
+    assert not os.path.exists(pool_path)
+
+
+def test_format_refuses_a_pool_in_use(cli, pool):
+    assert cli.fails("format", pool.path, "--size", "64M", "--force")["type"] == "PoolBusy"
+
+
+def test_info_counts_pages_and_names_users(cli, pool):
+    pool.write("/file", b"x" * (1 << 20))
+    pool.sync()
+    found = cli.json("info", pool.path)["pool"]
+    assert found["used_pages"] + found["free_pages"] + found["waiting_pages"] <= found["pages"]
+    assert found["used_pages"] > 256
+    assert os.getpid() in [user["pid"] for user in found["users"]]
+    text = cli("info", pool.path)
+    assert found["uuid"] in text
+    assert str(os.getpid()) in text
+
+
+def test_check_finds_nothing_in_a_sound_pool(cli, pool):
+    pool.write("/file", b"x" * 10_000)
+    pool.clone("/file", "/clone")
+    pool.sync()
+    assert "no findings" in cli("check", pool.path)
+    found = cli.json("check", pool.path)
+    assert found["ok"] and found["findings"] == [] and found["counted"]
