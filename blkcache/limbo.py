@@ -37,7 +37,9 @@ class Limbo:
         """
         words, first, capacity = self.runtime.words, self._area // 8, self._capacity
         if any(pages > MAX_RUN for _, pages in runs):
-            runs = [(at, min(MAX_RUN, pfn + pages - at)) for pfn, pages in runs for at in range(pfn, pfn + pages, MAX_RUN)]
+            runs = [
+                (at, min(MAX_RUN, pfn + pages - at)) for pfn, pages in runs for at in range(pfn, pfn + pages, MAX_RUN)
+            ]
         if runs:
             last = capacity if tail % capacity + len(runs) > capacity else tail % capacity + len(runs)
             self.runtime.reserve(_ROOM, self._area, last * 16)
@@ -118,5 +120,3 @@ class Limbo:
         """Return how many frames are in limbo."""
         ring = sum(pages for _, _, pages in self.entries(tail))
         return ring + int(np.count_nonzero(self.frames.array & LIMBO))
-
-

@@ -89,7 +89,9 @@ class Pool:
             raise NotAPool("not a regular file, so not a pool", path=self.path)
         page = os.pread(self.fd, PAGE, 0)
         if len(page) < PAGE or int.from_bytes(page[:8], "little") != MAGIC:
-            raise NotAPool("not an onecopy pool (its first bytes are something else); 'onecopy format' makes one", path=self.path)
+            raise NotAPool(
+                "not an onecopy pool (its first bytes are something else); 'onecopy format' makes one", path=self.path
+            )
         header = HEADER.unpack(page)
         if header["version"] != VERSION:
             raise PoolVersionError(
@@ -104,7 +106,8 @@ class Pool:
         size = header["frames"] * PAGE
         if self.status.st_size < size:  # type: ignore[operator]
             raise NotAPool(
-                f"truncated pool: {self.status.st_size} bytes, its header says {size}; restore it from a copy", path=self.path
+                f"truncated pool: {self.status.st_size} bytes, its header says {size}; restore it from a copy",
+                path=self.path,
             )
         return header
 
@@ -193,5 +196,3 @@ def create(path: str, size: int, mode: int, fill: Callable[[Pool], None], *, for
     finally:
         if os.path.lexists(temporary):
             os.unlink(temporary)
-
-

@@ -59,7 +59,12 @@ STATE = Record(
         ("node_hint", "u64", "PFN", "where the search for node frames goes on, downwards"),
         ("node_floor", "u64", "PFN", "the lowest frame that was given storage for nodes"),
         ("limbo_head", "u64", "", "first entry of the limbo ring"),
-        ("taken_generation", "u64", "", "generation the taken log belongs to; at most live_generation: nothing to undo"),
+        (
+            "taken_generation",
+            "u64",
+            "",
+            "generation the taken log belongs to; at most live_generation: nothing to undo",
+        ),
         ("taken_count", "u64", "", "entries of the taken log"),
         ("slots_used", "u64", "", "one more than the highest slot ever used"),
         ("limbo_room", "u64", "bytes", "storage of the limbo ring"),
@@ -144,7 +149,9 @@ class Runtime:
             try:
                 _fallocate(self.fd, 0, area, want)
             except OSError as error:
-                raise NoSpace(f"{FOLDER} has no room for the run-time file ({error.strerror})", path=self.path) from error
+                raise NoSpace(
+                    f"{FOLDER} has no room for the run-time file ({error.strerror})", path=self.path
+                ) from error
             self.words[room] = want
 
     def close(self) -> None:
@@ -179,7 +186,16 @@ def _create(pool: Pool, path: str, lock_fd: int) -> int:
                 raise
             raise NoSpace(f"{FOLDER} has no room for the run-time file", path=path) from error
         status = pool.status
-        header = [0, LAYOUT, pool.frames, pool.uuid.bytes, status.st_dev, status.st_ino, os.fstat(lock_fd).st_ino, os.fsencode(pool.path)]
+        header = [
+            0,
+            LAYOUT,
+            pool.frames,
+            pool.uuid.bytes,
+            status.st_dev,
+            status.st_ino,
+            os.fstat(lock_fd).st_ino,
+            os.fsencode(pool.path),
+        ]
         if len(header[-1]) > 1983:  # type: ignore[arg-type]
             header[-1] = b""
         os.pwrite(fd, HEADER.pack(*header), 0)
@@ -229,7 +245,9 @@ def attach(pool: Pool, lock: RankedLock) -> tuple[Runtime, bool]:
         fd = open_private(path, os.O_RDWR)
         header = HEADER.unpack(os.pread(fd, HEADER.size, 0).ljust(HEADER.size, b"\0"))
         whole = header["magic"] == MAGIC and header["layout"] == LAYOUT and header["frames"] == pool.frames
-        if whole and (os.fstat(lock.fd).st_ino != header["lock_inode"] or os.fstat(fd).st_size < Layout(pool.frames).size):
+        if whole and (
+            os.fstat(lock.fd).st_ino != header["lock_inode"] or os.fstat(fd).st_size < Layout(pool.frames).size
+        ):
             whole = False
         if not whole:
             os.close(fd)

@@ -28,7 +28,9 @@ def load(view: View, inode: Inode) -> dict[str, bytes]:
         name = data[at + _HEAD.size : at + _HEAD.size + name_size]
         at += _HEAD.size + name_size + size
         if not name or at > len(data):
-            raise CorruptRecord("attributes", holder.root, f"inode {holder.number}", expected="whole entries", actual=f"byte {at}")
+            raise CorruptRecord(
+                "attributes", holder.root, f"inode {holder.number}", expected="whole entries", actual=f"byte {at}"
+            )
         found[name.decode("utf-8", "surrogateescape")] = data[at - size : at]
     return found
 

@@ -48,7 +48,9 @@ class Tree:
         try:
             head = words[base]
         except IndexError:
-            raise CorruptRecord(f"{self.name} pointer", pfn, "PFN", expected="one within the pool", actual=pfn) from None
+            raise CorruptRecord(
+                f"{self.name} pointer", pfn, "PFN", expected="one within the pool", actual=pfn
+            ) from None
         found = head >> 16 & 0xFF
         if head >> 24 != self.tag or found > _MAX_LEVEL or (level is not None and found != level):
             want = f"kind {self.kind}" + ("" if level is None else f", level {level}")
@@ -243,7 +245,9 @@ class Tree:
         right = pfn << 9
         words[right + _K : right + _K + moved] = words[left + _K + keep : left + _K + count]
         first, width = (_C, 1) if level else (self.values, self.width)
-        words[right + first : right + first + moved * width] = words[left + first + keep * width : left + first + count * width]
+        words[right + first : right + first + moved * width] = words[
+            left + first + keep * width : left + first + count * width
+        ]
         words[right] += moved
         words[left] = head - moved
         end = parent + _K + (words[parent] & _COUNT)

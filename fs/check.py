@@ -119,7 +119,9 @@ class Checker:
                 self.found("order", where, pfn, "ascending keys", "a disorder")
             checked = keys if level == 0 else keys[1:]
             if len(checked) and not (low <= int(checked[0]) and int(checked[-1]) <= high):
-                self.found("order", where, pfn, f"keys from {low} to {high}", f"{int(checked[0])} to {int(checked[-1])}")
+                self.found(
+                    "order", where, pfn, f"keys from {low} to {high}", f"{int(checked[0])} to {int(checked[-1])}"
+                )
             if level:
                 if first_visit:
                     inside = rest[rest < self.pool.frames].astype(np.int64)
@@ -192,7 +194,9 @@ class Checker:
         self.report.counted = dict(self.counted)
         return self.report
 
-    def subvolume(self, number: int, record: dict[str, int | bytes], others: dict[int, dict[str, int | bytes]]) -> list[int]:
+    def subvolume(
+        self, number: int, record: dict[str, int | bytes], others: dict[int, dict[str, int | bytes]]
+    ) -> list[int]:
         """Check one subvolume's inodes and names; return the subvolumes that it names."""
         where = f"subvolume {number}"
         inodes: dict[int, dict[str, int | bytes]] = {}
@@ -222,7 +226,9 @@ class Checker:
                     if target in others and others[target]["parent"] == number:
                         inner.append(target)
                         if others[target]["directory"] != key:
-                            self.found("subvolume", f"subvolume {target}", 0, f"directory {key}", others[target]["directory"])
+                            self.found(
+                                "subvolume", f"subvolume {target}", 0, f"directory {key}", others[target]["directory"]
+                            )
                     continue
                 child = inodes.get(target)
                 if child is None or (stat.S_IFMT(int(child["mode"])) >> 12) != {1: 8, 2: 4, 3: 10}.get(kind):
@@ -282,7 +288,9 @@ class Checker:
         """Mark the frames of extents, and count their references."""
         for page, first, pages, flags in extents:
             if not (FIRST_FREE <= first and 0 < pages <= self.pool.frames - first):
-                self.found("pointer", f"{where}, page {page}", pfn, "frames within the pool", f"{first} and {pages} pages")
+                self.found(
+                    "pointer", f"{where}, page {page}", pfn, "frames within the pool", f"{first} and {pages} pages"
+                )
                 continue
             if flags & ~1:
                 self.found("inode", f"{where}, page {page}", pfn, "flags 0 or 1", flags)

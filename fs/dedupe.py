@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from onecopy.fs.tx import Tx, View
 
 _CHUNK = 4096  # pages hashed at once
-_WEIGHTS = np.random.Generator(np.random.PCG64(20170327)).integers(0, 1 << 63, PAGE // 8, np.uint64) * np.uint64(2) + np.uint64(1)
+_WEIGHTS = np.random.Generator(np.random.PCG64(20170327)).integers(0, 1 << 63, PAGE // 8, np.uint64) * np.uint64(
+    2
+) + np.uint64(1)
 _MAX_RANGE = 1 << 14  # pages shared at once
 _BATCH = 64  # ranges shared in one transaction
 
@@ -60,7 +62,9 @@ class _File:
     size: int
 
 
-def dedupe(fs: "FileSystem", paths: tuple[str, ...] | list[str], *, apply: bool, progress: "Progress | None") -> DedupeReport:
+def dedupe(
+    fs: "FileSystem", paths: tuple[str, ...] | list[str], *, apply: bool, progress: "Progress | None"
+) -> DedupeReport:
     """See FileSystem.dedupe."""
     with fs._mount.reading() as view:
         files = _files(view, paths)
@@ -68,7 +72,9 @@ def dedupe(fs: "FileSystem", paths: tuple[str, ...] | list[str], *, apply: bool,
         words = np.frombuffer(view.words, np.uint64).reshape(-1, PAGE // 8)
         hashes = _hash(words, frames, progress)
         keep = _masters(words, frames, hashes)
-        zero = int(np.count_nonzero((hashes == 0) & ~words[frames].any(1))) if len(frames) and (hashes == 0).any() else 0
+        zero = (
+            int(np.count_nonzero((hashes == 0) & ~words[frames].any(1))) if len(frames) and (hashes == 0).any() else 0
+        )
         replaced = keep != frames
         # A frame is freed when every place that reaches it is in the files looked at.
         places = References(view).places
@@ -158,9 +164,7 @@ def _masters(
     return keep
 
 
-def _by_file(
-    files: list[_File], frames: npt.NDArray[np.int64], replaced: npt.NDArray[np.bool_]
-) -> list[DedupeFile]:
+def _by_file(files: list[_File], frames: npt.NDArray[np.int64], replaced: npt.NDArray[np.bool_]) -> list[DedupeFile]:
     found = []
     for one in files:
         duplicate = int(np.count_nonzero(replaced[np.searchsorted(frames, one.pfns)]))
@@ -193,7 +197,12 @@ def _apply(
             source, source_page = where[master]
             if jobs:
                 target, first, other, other_first, pages = jobs[-1]
-                if (n, source) == (target, other) and page == first + pages and source_page == other_first + pages and pages < _MAX_RANGE:
+                if (
+                    (n, source) == (target, other)
+                    and page == first + pages
+                    and source_page == other_first + pages
+                    and pages < _MAX_RANGE
+                ):
                     if source != n or abs(first - other_first) > pages:
                         jobs[-1] = (target, first, other, other_first, pages + 1)
                         continue

@@ -65,7 +65,9 @@ def _entries(view: View, root: int, low: int = 0, high: int = (1 << 64) - 1) -> 
     for key, offset in ENTRIES.items(view.words, root, low, high):
         if missing > 0:
             if key & 15 == 0:
-                raise CorruptRecord("directory entry", root, "records", expected="more of a name", actual=f"key {key:#x}")
+                raise CorruptRecord(
+                    "directory entry", root, "records", expected="more of a name", actual=f"key {key:#x}"
+                )
             name += bytes(view.bytes[offset : offset + min(missing, _NEXT)])
             missing -= _NEXT
         else:

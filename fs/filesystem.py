@@ -179,7 +179,9 @@ class FileSystem:
         with self._mount.reading() as view:
             directory = namei.directory_at(view, path)
             found = directories.entries(view, directory) if directory is not None else []
-        return sorted((DirEntry(os.fsdecode(e.name), e.target, KIND_NAMES[e.kind]) for e in found), key=lambda e: e.name)
+        return sorted(
+            (DirEntry(os.fsdecode(e.name), e.target, KIND_NAMES[e.kind]) for e in found), key=lambda e: e.name
+        )
 
     def listdir(self, path: str = "/") -> list[str]:
         """Return the sorted names in a directory."""
@@ -280,7 +282,9 @@ class FileSystem:
         for folder, _, files in list(self.walk(path))[::-1]:
             for at in range(0, len(files), _REMOVE_BATCH):
                 batch = files[at : at + _REMOVE_BATCH]
-                self._mount.run(lambda tx, folder=folder, batch=batch: self._unlink_all(tx, folder, batch), reserve=True)
+                self._mount.run(
+                    lambda tx, folder=folder, batch=batch: self._unlink_all(tx, folder, batch), reserve=True
+                )
                 done += len(batch)
                 if progress:
                     progress(done, done, "files")
@@ -592,7 +596,11 @@ class FileSystem:
 
     def create_subvolume(self, path: str, mode: int = 0o755) -> None:
         """Make an empty subvolume: a directory tree that `snapshot` clones whole."""
-        self._mount.run(lambda tx: sharing.create_subvolume(tx, namei.new_name(tx, path, directory=True), stat.S_IFDIR | mode) and None)
+        self._mount.run(
+            lambda tx: (
+                sharing.create_subvolume(tx, namei.new_name(tx, path, directory=True), stat.S_IFDIR | mode) and None
+            )
+        )
 
     def snapshot(self, src: str, dst: str) -> None:
         """Clone the subvolume `src` as `dst`; takes the same time for any number of files."""
@@ -618,7 +626,11 @@ class FileSystem:
                 child, above, kind = number, one.directory, SUBVOLUME
                 while True:
                     directory = inodes.load(view, one.parent, above)
-                    names += [os.fsdecode(e.name) for e in directories.entries(view, directory) if (e.target, e.kind) == (child, kind)]
+                    names += [
+                        os.fsdecode(e.name)
+                        for e in directories.entries(view, directory)
+                        if (e.target, e.kind) == (child, kind)
+                    ]
                     if above == ROOT_INODE:
                         return join(path_of(one.parent), *names[::-1])
                     child, above, kind = above, directory.parent, DIRECTORY
@@ -714,4 +726,3 @@ def drop_link(tx: Tx, subvolume: int, number: int) -> None:
         inodes.save(tx, inode)
     else:
         inodes.remove(tx, inode)
-

@@ -138,4 +138,3 @@ TOP, ROOT_INODE = 1, 1
 
 KINDS = {1: "root tree", 2: "inode tree", 3: "directory tree", 4: "extent tree", 5: "counts tree"}
 RECORDS = (POOL_HEADER, SUPERBLOCK, NODE, SUBVOLUME, INODE, DIRENT, EXTENT, COUNT)
-

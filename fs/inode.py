@@ -95,7 +95,9 @@ def load(view: View, subvolume: int, number: int) -> Inode:
     home = view.subvolume(subvolume)
     offset = INODES.find(view.words, home.root, number) if home is not None else -1
     if offset < 0:
-        raise CorruptRecord("inode", home.root if home else 0, "number", expected=f"{subvolume}:{number}", actual="none")
+        raise CorruptRecord(
+            "inode", home.root if home else 0, "number", expected=f"{subvolume}:{number}", actual="none"
+        )
     return Inode(subvolume, number, INODE.unpack_from(view.bytes, offset))
 
 
@@ -151,5 +153,3 @@ def _home(tx: Tx, number: int) -> Subvolume:
     if home is None:
         raise posix(errno.ESTALE, detail=f"subvolume {number} has been deleted")
     return home
-
-

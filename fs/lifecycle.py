@@ -126,5 +126,3 @@ def sweep() -> list[str]:
         finally:
             os.close(fd)
     return swept
-
-

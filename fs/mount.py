@@ -94,7 +94,9 @@ class Mount:
             if not empty and self._is_stale():
                 self.runtime.close()
                 if not try_mount(self.pool.fd, exclusive=True):
-                    raise RuntimeLost("the pool file was replaced while processes use it; end them", path=self.pool.path)
+                    raise RuntimeLost(
+                        "the pool file was replaced while processes use it; end them", path=self.pool.path
+                    )
                 os.unlink(self.runtime.path)
                 self.runtime, empty = attach(self.pool, self.lock)
                 self._layers()
@@ -165,7 +167,9 @@ class Mount:
                 try:
                     result = work(tx)
                     if os.getpid() != pid:
-                        raise OneCopyError("a transaction begun before fork can't be finished by the child", code=errno.EPERM)
+                        raise OneCopyError(
+                            "a transaction begun before fork can't be finished by the child", code=errno.EPERM
+                        )
                     self.view = tx.commit()
                     return result
                 except NoSpace:

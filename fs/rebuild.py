@@ -55,7 +55,9 @@ def node_checksum(pool: Pool, pfn: int) -> int:
 def verify_node(pool: Pool, tree: Tree, pfn: int, level: int | None) -> int:
     """Check a node in full; return its first word. CorruptRecord."""
     if not FIRST_FREE <= pfn < pool.frames:
-        raise CorruptRecord(f"{tree.name} pointer", pfn, "PFN", expected=f"{FIRST_FREE} to {pool.frames - 1}", actual=pfn)
+        raise CorruptRecord(
+            f"{tree.name} pointer", pfn, "PFN", expected=f"{FIRST_FREE} to {pool.frames - 1}", actual=pfn
+        )
     base = tree.enter(pool.words, pfn, level)
     if pool.words[base + 1] != pfn:
         raise CorruptRecord(f"{tree.name} node", pfn, "own PFN", expected=pfn, actual=pool.words[base + 1])

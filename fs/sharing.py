@@ -147,8 +147,12 @@ def _same_bytes(tx: Tx, here: np.ndarray, there: np.ndarray) -> bool:
     while at < len(here):
         # Runs that go on in both are compared in one go.
         step = 1
-        while at + step < len(here) and step < 256 and here[at] and there[at] and (
-            here[at + step] == here[at] + step and there[at + step] == there[at] + step
+        while (
+            at + step < len(here)
+            and step < 256
+            and here[at]
+            and there[at]
+            and (here[at + step] == here[at] + step and there[at + step] == there[at] + step)
         ):
             step += 1
         a, b = (words[pfn * 512 : (pfn + step) * 512] if pfn else None for pfn in (int(here[at]), int(there[at])))
@@ -242,7 +246,9 @@ def clone_directory(tx: Tx, source: Inode, place: Place) -> int:
         inodes.save(tx, new)
         directories.insert(tx, parent_of(tx, where), where.name, new.number, DIRECTORY)
         for entry in directories.entries(tx, directory):
-            inner = Place(where.parent_subvolume, -1, entry.kind, where.parent_subvolume, new.number, entry.name, where.path)
+            inner = Place(
+                where.parent_subvolume, -1, entry.kind, where.parent_subvolume, new.number, entry.name, where.path
+            )
             if entry.kind == SUBVOLUME:
                 empty = inodes.make(tx, where.parent_subvolume, directory.mode, parent=new.number, like=directory)
                 empty.links = 2

@@ -31,7 +31,16 @@ class Subvolume:
 
     def __init__(self, number: int, *fields: int) -> None:
         self.id = number
-        (self.root, self.next_inode, self.parent, self.directory, self.created, self.origin, self.inodes, self.flags) = fields
+        (
+            self.root,
+            self.next_inode,
+            self.parent,
+            self.directory,
+            self.created,
+            self.origin,
+            self.inodes,
+            self.flags,
+        ) = fields
 
     def pack(self) -> bytes:
         """Return the record."""
@@ -42,7 +51,15 @@ class Subvolume:
     def copy(self) -> "Subvolume":
         """Return a copy that a transaction may change."""
         return Subvolume(
-            self.id, self.root, self.next_inode, self.parent, self.directory, self.created, self.origin, self.inodes, self.flags
+            self.id,
+            self.root,
+            self.next_inode,
+            self.parent,
+            self.directory,
+            self.created,
+            self.origin,
+            self.inodes,
+            self.flags,
         )
 
 
@@ -198,5 +215,3 @@ class Tx(View):
 def live_slot(generation: int) -> int:
     """Return the byte offset, in the run-time file, of the live root of `generation`."""
     return _SLOTS[generation & 1]
-
-
