@@ -4,17 +4,19 @@ Derived, never durable: a cold open fills the table by walking the trees. Bytes 
 word that says whether a frame is free also says what may be done with it. All changes are made under the
 transaction lock; readers may look at any time at the bits that are only ever hints (SHARED).
 
-A transaction that takes frames writes them into the taken log first. `undo` gives them back, in the process that gave up
-or in the next one to hold the lock after a death: nothing that nobody published names them.
+What an unpublished transaction took is found again by `undo`, in the process that gave up or in the next one to hold the
+lock after a death: runs of data frames in the taken log, nodes by the generation in their headers. Nobody published them,
+so nothing names them.
 """
 
 import numpy as np
+import numpy.typing as npt
 
 from onecopy.daxemu.errors import NoSpace
 from onecopy.daxemu.pool import Pool
 from onecopy.daxemu.runtime import Runtime, W
 from onecopy.daxemu.steps import reach
-from onecopy.daxemu.units import HUGE
+from onecopy.daxemu.units import HUGE, WORDS
 
 # State bits. A free frame is 0, or BACKED when it still has storage of the host.
 USED = 1  # has an owner, or waits in limbo for the last one that could reach it
@@ -28,9 +30,10 @@ BACKED = 128  # free, with storage
 
 Run = tuple[int, int]  # (first PFN, pages)
 
-_TAKEN, _TAKEN_ROOM, _FREE = W["taken_count"], W["taken_room"], W["free"]
+_TAKEN, _TAKEN_ROOM, _TAKEN_GENERATION, _FREE = W["taken_count"], W["taken_room"], W["taken_generation"], W["free"]
 _NODE_HINT, _NODE_FLOOR, _DATA_HINT = W["node_hint"], W["node_floor"], W["data_hint"]
 
+_NODE_GENERATION = 2  # word of a node that says which transaction made it
 MAX_RUN = (1 << 24) - 1  # pages: what fits beside a PFN in a word
 _CHUNK = 64  # node frames that get storage at once
 _KEEP_BACKED = 256  # free frames that keep their storage over a sync, for the nodes to come
@@ -46,7 +49,7 @@ def unpack_run(word: int) -> Run:
     return word & ((1 << 40) - 1), word >> 40
 
 
-def free_runs(table: np.ndarray, first: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def free_runs(table: npt.NDArray[np.uint8], first: int = 0) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Return (starts, lengths) of the runs of free frames in a piece of the table that begins at PFN `first`."""
     free = (table & ~np.uint8(BACKED)) == 0
     edges = np.flatnonzero(np.diff(free, prepend=False, append=False))
@@ -63,49 +66,43 @@ class Frames:
         self._log = runtime.layout.taken // 8
         # Deleting and syncing a full pool copies paths of nodes: these frames are theirs.
         self.reserve = max(48, min(pool.frames // 64, 8192))
-        self.floor = 0
+        self.room = 0  # frames that the running transaction may still take
+        self._generation = 0  # of the running transaction
 
-    def begin(self, generation: int) -> None:
-        """Start the taken log of the transaction that will become `generation`."""
-        self.runtime.set("taken_count", 0)
-        self.runtime.set("taken_generation", generation)
+    def begin(self, generation: int, *, reserve: bool) -> None:
+        """Start the transaction that will become `generation`; `reserve`: it may use the frames kept for deletions."""
+        words = self.runtime.words
+        words[_TAKEN] = 0
+        words[_TAKEN_GENERATION] = self._generation = generation  # from here on a death is undone
+        self.room = words[_FREE] - (0 if reserve else self.reserve)
 
-    def _take(self, pfn: int, pages: int, state: int) -> None:
-        runtime, words = self.runtime, self.runtime.words
-        count = words[_TAKEN]
-        if (count + 1) * 8 > words[_TAKEN_ROOM]:
-            runtime.reserve(_TAKEN_ROOM, runtime.layout.taken, (count + 1) * 8)
-        words[self._log + count] = pack_run(pfn, pages)
-        words[_TAKEN] = count + 1  # from here on a death gives the run back
-        reach("frame logged")
-        if pages == 1:
-            self.table[pfn] = state
-        else:
-            self.array[pfn : pfn + pages] = state
-        words[_FREE] -= pages
-        reach("frame taken")
+    def settle_room(self, *, reserve: bool) -> None:
+        """Before publishing: write what the transaction took into the free counter."""
+        self.runtime.words[_FREE] = self.room + (0 if reserve else self.reserve)
 
-    def _room(self, pages: int) -> None:
-        if self.runtime.words[_FREE] - pages < self.floor:
-            raise NoSpace(
-                f"the pool has no {pages} free pages left ({self.runtime.get('free')} free, {self.floor} of them kept for "
-                "deletions); delete something, dedupe, or use a larger pool",
-                path=self.pool.path,
-            )
+    def _no_room(self, pages: int) -> NoSpace:
+        return NoSpace(
+            f"the pool has no {pages} free pages left ({max(0, self.room)} free, besides {self.reserve} kept for deletions); "
+            "delete something, dedupe, or use a larger pool",
+            path=self.pool.path,
+        )
 
     def take_node(self) -> int:
-        """Take one frame with storage for a tree node; return its PFN. NoSpace.
+        """Take one frame with storage for a tree node; return its PFN. Its header has the transaction's generation.
 
-        Nodes grow down from the pool's end, data grows up from its start: data keeps long runs.
+        Nodes grow down from the pool's end, data grows up from its start: data keeps long runs. NoSpace.
         """
-        self._room(1)
-        words, memory, base = self.runtime.words, self.runtime.memory, self._base
-        at = memory.rfind(b"\x80", base + words[_NODE_FLOOR], base + words[_NODE_HINT] + 1)
+        if self.room <= 0:
+            raise self._no_room(1)
+        words, base = self.runtime.words, self._base
+        at = self.runtime.memory.rfind(b"\x80", base + words[_NODE_FLOOR], base + words[_NODE_HINT] + 1)
         if at < 0:
             at = self._back_chunk()
-        pfn = at - base
-        words[_NODE_HINT] = pfn
-        self._take(pfn, 1, USED | FRESH | NODE | DIRTY)
+        words[_NODE_HINT] = pfn = at - base
+        # The generation first: who finds the frame in use after a death must see whose it is.
+        self.pool.words[pfn * WORDS + _NODE_GENERATION] = self._generation
+        self.table[pfn] = USED | FRESH | NODE | DIRTY
+        self.room -= 1
         return pfn
 
     def _back_chunk(self) -> int:
@@ -129,15 +126,27 @@ class Frames:
 
     def take_data(self, pages: int) -> list[Run]:
         """Take `pages` frames for file data in as few runs as there are; NoSpace takes none beyond what undo returns."""
-        self._room(pages)
+        if self.room < pages:
+            raise self._no_room(pages)
         runs: list[Run] = []
         while pages:
             run = self._next_run(min(pages, MAX_RUN))
-            self._take(*run, USED | FRESH | DIRTY)
+            self._take_run(*run)
             self.runtime.words[_DATA_HINT] = run[0] + run[1]
             runs.append(run)
             pages -= run[1]
         return runs
+
+    def _take_run(self, pfn: int, pages: int) -> None:
+        runtime, words = self.runtime, self.runtime.words
+        count = words[_TAKEN]
+        runtime.reserve(_TAKEN_ROOM, runtime.layout.taken, (count + 1) * 8)
+        words[self._log + count] = pack_run(pfn, pages)
+        words[_TAKEN] = count + 1  # from here on a death gives the run back
+        reach("frame logged")
+        self.array[pfn : pfn + pages] = USED | FRESH | DIRTY
+        self.room -= pages
+        reach("frame taken")
 
     def _next_run(self, pages: int) -> Run:
         hint, limit = self.runtime.words[_DATA_HINT], self.runtime.get("node_floor")
@@ -174,8 +183,15 @@ class Frames:
         self.array[pfn : pfn + pages] = BACKED
         words = self.runtime.words
         words[_FREE] += pages
-        if pfn + pages - 1 > words[_NODE_HINT]:
-            words[_NODE_HINT] = pfn + pages - 1
+        words[_NODE_HINT] = max(words[_NODE_HINT], pfn + pages - 1)
+
+    def release_each(self, pfns: npt.NDArray[np.int64]) -> None:
+        """`release` for scattered frames, each named once."""
+        if len(pfns):
+            self.array[pfns] = BACKED
+            words = self.runtime.words
+            words[_FREE] += len(pfns)
+            words[_NODE_HINT] = max(words[_NODE_HINT], int(pfns.max()))
 
     def undo(self) -> None:
         """Give back what an unpublished transaction took, ours or a dead process's; idempotent."""
@@ -185,9 +201,13 @@ class Frames:
         for word in runtime.words[self._log : self._log + runtime.get("taken_count")].tolist():
             pfn, pages = unpack_run(word)
             self.array[pfn : pfn + pages] = BACKED
+        nodes = np.flatnonzero((self.array & (USED | NODE | FRESH)) == USED | NODE | FRESH)
+        made = np.frombuffer(self.pool.words, np.uint64)[nodes * WORDS + _NODE_GENERATION]
+        self.array[nodes[made > runtime.get("live_generation")]] = BACKED
         runtime.set("node_hint", self.pool.frames - 1)
         self.recount()
         runtime.set("taken_count", 0)
+        runtime.set("taken_generation", 0)
 
     def recount(self) -> None:
         """Set the free counter from the table."""

@@ -10,6 +10,9 @@ the same store that publishes the transaction, because the ring's tail is part o
 `reclaim` handles 1 and moves what fails 2 or 3 into the LIMBO state; `settle` frees those after a durable commit or an unpin.
 """
 
+from array import array
+from operator import itemgetter
+
 import numpy as np
 
 from onecopy.blkcache.frames import DIRTY, FRESH, LIMBO, MAX_RUN, PINNED, USED, Frames, Run, pack_run, unpack_run
@@ -20,6 +23,9 @@ from onecopy.daxemu.steps import reach
 INTENT_RECLAIM = 1
 
 _ROOM, _HEAD = W["limbo_room"], W["limbo_head"]
+
+
+_pages = itemgetter(1)
 
 
 class Limbo:
@@ -35,20 +41,19 @@ class Limbo:
 
         Nothing refers to the entries before the live root with the new tail is published.
         """
+        if not runs:
+            return tail
         words, first, capacity = self.runtime.words, self._area // 8, self._capacity
-        if any(pages > MAX_RUN for _, pages in runs):
-            runs = [
-                (at, min(MAX_RUN, pfn + pages - at)) for pfn, pages in runs for at in range(pfn, pfn + pages, MAX_RUN)
-            ]
-        if runs:
-            last = capacity if tail % capacity + len(runs) > capacity else tail % capacity + len(runs)
-            self.runtime.reserve(_ROOM, self._area, last * 16)
-        for pfn, pages in runs:
-            at = first + tail % capacity * 2
-            words[at] = generation
-            words[at + 1] = pack_run(pfn, pages)
-            tail += 1
-        return tail
+        if max(runs, key=_pages)[1] > MAX_RUN:
+            runs = [(at, min(MAX_RUN, pfn + pages - at)) for pfn, pages in runs for at in range(pfn, pfn + pages, MAX_RUN)]
+        start = tail % capacity
+        packed = array("Q", [word for pfn, pages in runs for word in (generation, pack_run(pfn, pages))])
+        ahead = min(len(runs), capacity - start)  # entries before the ring wraps
+        self.runtime.reserve(_ROOM, self._area, (start + ahead) * 16)
+        words[first + start * 2 : first + (start + ahead) * 2] = memoryview(packed)[: ahead * 2]
+        if ahead < len(runs):
+            words[first : first + (len(runs) - ahead) * 2] = memoryview(packed)[ahead * 2 :]
+        return tail + len(runs)
 
     def entries(self, tail: int) -> list[tuple[int, int, int]]:
         """Return what is in the ring up to `tail`: (generation, first PFN, pages)."""
@@ -77,22 +82,21 @@ class Limbo:
 
     def finish(self) -> None:
         """Do what `reclaim` decided; also for a process that died at it. Idempotent, as nothing was taken since."""
-        words, first, capacity = self.runtime.words, self._area // 8, self._capacity
-        table, release = self.frames.table, self.frames.release
-        for position in range(words[_HEAD], self.runtime.get("intent_value")):
-            pfn, pages = unpack_run(words[first + position % capacity * 2 + 1])
-            if pages == 1:
-                state = table[pfn]
-                if state & (USED | FRESH | PINNED) == USED | FRESH:
-                    release(pfn, 1)
-                    reach("frame released")
-                elif state & USED:
-                    table[pfn] = state | LIMBO
-                continue
-            piece = self.frames.array[pfn : pfn + pages]
+        table, head, target = self.frames.array, self.runtime.get("limbo_head"), self.runtime.get("intent_value")
+        ring = np.frombuffer(self.runtime.words, np.uint64)[self._area // 8 :]
+        packed = ring[np.arange(head, target) % self._capacity * 2 + 1]
+        first, pages = (packed & np.uint64((1 << 40) - 1)).astype(np.int64), packed >> np.uint64(40)
+        single = first[pages == 1]
+        state = table[single]
+        ready = (state & (USED | FRESH | PINNED)) == USED | FRESH
+        self.frames.release_each(single[ready])
+        reach("frame released")
+        table[single[~ready & ((state & USED) != 0)]] |= np.uint8(LIMBO)
+        for pfn, count in zip(first[pages != 1].tolist(), pages[pages != 1].tolist(), strict=True):
+            piece = table[pfn : pfn + count]
             piece[(piece & USED) != 0] |= np.uint8(LIMBO)
-            self._free_within(pfn, pfn + pages)
-        words[_HEAD] = self.runtime.get("intent_value")
+            self._free_within(pfn, pfn + count)
+        self.runtime.set("limbo_head", target)
         self.runtime.set("intent", 0)
 
     def settle(self, low: int = 0, high: int | None = None) -> None:

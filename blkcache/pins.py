@@ -7,6 +7,7 @@ drops its list; the bits are then recomputed from the lists that are left. All u
 import errno
 
 import numpy as np
+import numpy.typing as npt
 
 from onecopy.blkcache.frames import PINNED, Frames, Run, pack_run
 from onecopy.blkcache.limbo import Limbo
@@ -43,7 +44,7 @@ class Pins:
         # A death before this store leaves bits without a list; the dead slot's reaping clears them.
         words[slots.pins_word(self.runtime, slot)] = len(runs)
 
-    def pinned(self, low: int, high: int) -> np.ndarray:
+    def pinned(self, low: int, high: int) -> npt.NDArray[np.bool_]:
         """Return, for each frame of [low, high), whether a list names it."""
         depth = np.zeros(high - low + 1, np.int32)
         for slot in slots.taken(self.runtime):
@@ -54,7 +55,7 @@ class Pins:
             start = np.clip(start, low, high) - low
             np.add.at(depth, start, 1)
             np.add.at(depth, end, -1)
-        mask: np.ndarray = np.cumsum(depth[:-1]) > 0
+        mask: npt.NDArray[np.bool_] = np.cumsum(depth[:-1]) > 0
         return mask
 
     def settle(self, low: int = 0, high: int | None = None) -> None:

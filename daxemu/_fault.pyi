@@ -1,3 +1,5 @@
+from typing import Self
+
 from typing_extensions import Buffer
 
 class Words:
@@ -8,7 +10,7 @@ class Words:
     def release(self) -> None: ...
 
 class Region:
-    def __new__(cls, length: int, alignment: int = 4096, /) -> Region: ...
+    def __new__(cls, length: int, alignment: int = 4096, /) -> Self: ...
     address: int
     closed: bool
     def map(self, fd: int, runs: Buffer, /) -> None: ...

@@ -36,8 +36,7 @@ class CorruptRecord(OneCopyError):
     def __init__(self, record: str, pfn: int, what: str, *, expected: object, actual: object) -> None:
         self.record, self.pfn, self.expected, self.actual = record, pfn, expected, actual
         super().__init__(
-            f"S10: damaged {record} at PFN {pfn}: {what}: expected {expected}, found {actual}; "
-            "run 'onecopy check' on the pool"
+            f"S10: damaged {record} at PFN {pfn}: {what}: expected {expected}, found {actual}; run 'onecopy check' on the pool"
         )
 
 

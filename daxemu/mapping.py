@@ -56,7 +56,7 @@ class Mapping(Region):
     def attach(self, pool: Pool, on_close: Callable[["Mapping"], None]) -> None:
         """Map the runs; `on_close` is called once, when the mapping ends. OneCopyError (ENOMEM) past the VMA limit."""
         try:
-            self.map(pool.fd, np.array(self.runs, np.uint64))
+            self.map(pool.fd, np.array(self.runs, np.uint64).tobytes())
         except OSError as error:
             if error.errno == errno.ENOMEM:
                 raise OneCopyError(

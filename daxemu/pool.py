@@ -12,6 +12,7 @@ import stat
 import time
 import uuid as uuids
 from collections.abc import Callable
+from typing import Any
 
 from onecopy.daxemu.errors import CorruptRecord, NoSpace, NotAPool, PoolVersionError, ReadOnly, invalid, posix
 from onecopy.daxemu.persist import Persistence, persistence_of
@@ -72,9 +73,9 @@ class Pool:
         try:
             self.status = os.fstat(self.fd)
             header = self._read_header()
-            self.frames: int = header["frames"]  # type: ignore[assignment]
-            self.uuid = uuids.UUID(bytes=header["uuid"])  # type: ignore[arg-type]
-            self.created: int = header["created"]  # type: ignore[assignment]
+            self.frames: int = header["frames"]
+            self.uuid = uuids.UUID(bytes=header["uuid"])
+            self.created: int = header["created"]
             protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
             self.memory = mmap.mmap(self.fd, self.frames * PAGE, mmap.MAP_SHARED, protection)
         except BaseException:
@@ -84,7 +85,7 @@ class Pool:
         self.words = self.bytes.cast("Q")
         self.persistence: Persistence = persistence_of(self.fd)
 
-    def _read_header(self) -> dict[str, int | bytes]:
+    def _read_header(self) -> dict[str, Any]:
         if not stat.S_ISREG(self.status.st_mode):
             raise NotAPool("not a regular file, so not a pool", path=self.path)
         page = os.pread(self.fd, PAGE, 0)
@@ -104,14 +105,14 @@ class Pool:
         if header["page_size"] != PAGE:
             raise CorruptRecord("pool header", 0, "page size", expected=PAGE, actual=header["page_size"])
         size = header["frames"] * PAGE
-        if self.status.st_size < size:  # type: ignore[operator]
+        if self.status.st_size < size:
             raise NotAPool(
                 f"truncated pool: {self.status.st_size} bytes, its header says {size}; restore it from a copy",
                 path=self.path,
             )
         return header
 
-    def store(self, offset: int, data: bytes | memoryview) -> None:
+    def store(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         """Store `data` at byte `offset`. By system call: a frame without storage gets it, or NoSpace is raised.
 
         A store through the mapping would kill the process (SIGBUS) when the host has no page left to give.

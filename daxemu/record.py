@@ -8,7 +8,7 @@ import struct
 import sys
 import zlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -74,8 +74,8 @@ class Record:
         types = {"u8": "u1", "u16": "<u2", "u32": "<u4", "u64": "<u8"}
         return np.dtype([(f.name, types.get(f.type, f"V{f.size}")) for f in self.fields])
 
-    def unpack(self, source: "Buffer", offset: int = 0) -> dict[str, int | bytes]:
-        """Return the record at `offset` as a dictionary, for checks and reports."""
+    def unpack(self, source: "Buffer", offset: int = 0) -> dict[str, Any]:
+        """Return the record at `offset` as a dictionary (integers, bytes), for checks and reports."""
         return dict(zip(self.offset, self.unpack_from(source, offset), strict=True))
 
     def markdown(self) -> str:

@@ -12,6 +12,7 @@ Only the header and the words up to the frame table have storage from the start;
 import errno
 import mmap
 import os
+from typing import Any
 
 import numpy as np
 
@@ -149,9 +150,7 @@ class Runtime:
             try:
                 _fallocate(self.fd, 0, area, want)
             except OSError as error:
-                raise NoSpace(
-                    f"{FOLDER} has no room for the run-time file ({error.strerror})", path=self.path
-                ) from error
+                raise NoSpace(f"{FOLDER} has no room for the run-time file ({error.strerror})", path=self.path) from error
             self.words[room] = want
 
     def close(self) -> None:
@@ -186,7 +185,7 @@ def _create(pool: Pool, path: str, lock_fd: int) -> int:
                 raise
             raise NoSpace(f"{FOLDER} has no room for the run-time file", path=path) from error
         status = pool.status
-        header = [
+        header: list[Any] = [
             0,
             LAYOUT,
             pool.frames,
@@ -196,8 +195,8 @@ def _create(pool: Pool, path: str, lock_fd: int) -> int:
             os.fstat(lock_fd).st_ino,
             os.fsencode(pool.path),
         ]
-        if len(header[-1]) > 1983:  # type: ignore[arg-type]
-            header[-1] = b""
+        if len(header[-1]) >= HEADER.size - HEADER.offset["path"]:
+            header[-1] = b""  # too long to note: such a file is never swept
         os.pwrite(fd, HEADER.pack(*header), 0)
         os.pwrite(fd, b"\xff" * (SLOTS * READERS * 8), layout.readers)  # no reader anywhere
     except BaseException:
@@ -239,15 +238,13 @@ def attach(pool: Pool, lock: RankedLock) -> tuple[Runtime, bool]:
     Raises PoolBusy while the pool is formatted or repaired, RuntimeLost when the run-time file was deleted under
     living users: making a second one would make a second truth.
     """
-    path, lock_path = runtime_paths(pool)
+    path, _ = runtime_paths(pool)
     fd = -1
     try:
         fd = open_private(path, os.O_RDWR)
         header = HEADER.unpack(os.pread(fd, HEADER.size, 0).ljust(HEADER.size, b"\0"))
         whole = header["magic"] == MAGIC and header["layout"] == LAYOUT and header["frames"] == pool.frames
-        if whole and (
-            os.fstat(lock.fd).st_ino != header["lock_inode"] or os.fstat(fd).st_size < Layout(pool.frames).size
-        ):
+        if whole and (os.fstat(lock.fd).st_ino != header["lock_inode"] or os.fstat(fd).st_size < Layout(pool.frames).size):
             whole = False
         if not whole:
             os.close(fd)

@@ -40,9 +40,9 @@ def array(
     if offset < 0 or min(shape, default=0) < 0 or count * kind.itemsize > room:
         raise invalid(f"shape {shape} of {kind} from offset {offset} does not fit into {len(mapping)} bytes", path)
     if count == 0 or kind.itemsize == 0:
-        return np.empty(shape, kind, order=order)  # type: ignore[call-overload, no-any-return]
-    flat = np.frombuffer(mapping, kind, count, offset)
-    return flat.reshape(shape, order=order)  # type: ignore[call-overload, no-any-return]
+        return np.empty(shape, kind)
+    flat = np.frombuffer(memoryview(mapping), kind, count, offset)
+    return flat.reshape(shape, order="F" if order == "F" else "C")
 
 
 def _header(start: bytes, path: str) -> tuple[tuple[int, ...], bool, "np.dtype[Any]", int]:

@@ -48,9 +48,7 @@ class Tree:
         try:
             head = words[base]
         except IndexError:
-            raise CorruptRecord(
-                f"{self.name} pointer", pfn, "PFN", expected="one within the pool", actual=pfn
-            ) from None
+            raise CorruptRecord(f"{self.name} pointer", pfn, "PFN", expected="one within the pool", actual=pfn) from None
         found = head >> 16 & 0xFF
         if head >> 24 != self.tag or found > _MAX_LEVEL or (level is not None and found != level):
             want = f"kind {self.kind}" + ("" if level is None else f", level {level}")
@@ -63,19 +61,54 @@ class Tree:
         """Return the byte offset of the value of `key`, -1 when there is none."""
         if not root:
             return -1
-        base = self.enter(words, root)
-        head = words[base]
-        level = head >> 16 & 0xFF
-        while level:
-            pfn = words[bisect_right(words, key, base + _K + 1, base + _K + (head & _COUNT)) + (_C - _K - 1)]
-            level -= 1
-            base = self.enter(words, pfn, level)
-            head = words[base]
-        end = base + _K + (head & _COUNT)
+        base = self._leaf(words, root, key)
+        end = base + _K + (words[base] & _COUNT)
         at = bisect_left(words, key, base + _K, end)
         if at < end and words[at] == key:
             return (base + self.values + (at - base - _K) * self.width) * 8
         return -1
+
+    def _leaf(self, words: Words, root: int, key: int) -> int:
+        """Return the first word of the leaf where `key` belongs."""
+        pfn = root
+        try:
+            base = root << 9
+            head = words[base]
+            mark = head >> 16  # magic, kind, level
+            if mark >> 8 != self.tag:
+                self.enter(words, root)
+            while mark & 0xFF:
+                pfn = words[bisect_right(words, key, base + _K + 1, base + _K + (head & _COUNT)) + (_C - _K - 1)]
+                base = pfn << 9
+                head = words[base]
+                mark -= 1
+                if head >> 16 != mark:
+                    self.enter(words, pfn, mark & 0xFF)
+            return base
+        except IndexError:
+            return self.enter(words, pfn)  # which says what is wrong with it
+
+    def alone(self, words: Words, root: int, key: int, pages: int) -> int:
+        """Return `find` of a fragment of `pages` at `key` if its leaf shows that no neighbour touches it; else -1."""
+        if not root:
+            return -1
+        base = self._leaf(words, root, key)
+        end = base + _K + (words[base] & _COUNT)
+        at = bisect_left(words, key, base + _K, end)
+        value = base + self.values + (at - base - _K) * self.width
+        if at == end or words[at] != key or words[value] != pages:
+            return -1
+        if at > base + _K:
+            if words[at - 1] + words[value - self.width] == key:
+                return -1
+        elif base != root << 9:
+            return -1
+        if at + 1 < end:
+            if words[at + 1] == key + pages:
+                return -1
+        elif base != root << 9:
+            return -1
+        return value * 8
 
     def slices(self, words: Words, root: int, low: int = 0, high: int = MAX_KEY) -> Iterator[tuple[int, int, int]]:
         """Yield (first word of a leaf, i, j) such that entries [i, j) of the leaves have low <= key < high, in order."""
@@ -144,6 +177,12 @@ class Tree:
 
     def update(self, tx: "Tx", root: int, key: int, value: bytes) -> int:
         """Replace the value of `key`, which exists; return the new root."""
+        root, offset = self.own_value(tx, root, key)
+        tx.bytes[offset : offset + len(value)] = value
+        return root
+
+    def own_value(self, tx: "Tx", root: int, key: int) -> tuple[int, int]:
+        """Make the path to `key`, which exists, the transaction's own; return (new root, byte offset of the value)."""
         words = tx.words
         root = tx.own(self, root)
         base = root << 9
@@ -155,9 +194,7 @@ class Tree:
         at = bisect_left(words, key, base + _K, base + _K + (head & _COUNT))
         if at >= base + _K + (head & _COUNT) or words[at] != key:
             raise CorruptRecord(f"{self.name} node", base >> 9, "key", expected=key, actual="none")
-        offset = (base + self.values + (at - base - _K) * self.width) * 8
-        tx.bytes[offset : offset + len(value)] = value
-        return root
+        return root, (base + self.values + (at - base - _K) * self.width) * 8
 
     def own_path(self, tx: "Tx", root: int, low: int, high: int) -> int:
         """Make every node on the paths to keys of [low, high) this transaction's own; return the new root."""
@@ -208,8 +245,7 @@ class Tree:
         while head & 0xFF0000:
             end = base + _K + (head & _COUNT)
             at = bisect_right(words, key, base + _K + 1, end) - 1
-            if key < words[at]:
-                words[at] = key  # only for the first child: keep its key a lower bound
+            words[at] = min(words[at], key)  # only for the first child: keep its key a lower bound
             child = self._own_child(tx, at) << 9
             head = words[child]
             if self._full(head):
@@ -245,9 +281,7 @@ class Tree:
         right = pfn << 9
         words[right + _K : right + _K + moved] = words[left + _K + keep : left + _K + count]
         first, width = (_C, 1) if level else (self.values, self.width)
-        words[right + first : right + first + moved * width] = words[
-            left + first + keep * width : left + first + count * width
-        ]
+        words[right + first : right + first + moved * width] = words[left + first + keep * width : left + first + count * width]
         words[right] += moved
         words[left] = head - moved
         end = parent + _K + (words[parent] & _COUNT)

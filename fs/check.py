@@ -7,7 +7,8 @@ import os
 import stat
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,8 +19,21 @@ from onecopy.daxemu.record import Record, checksum
 from onecopy.daxemu.units import PAGE
 from onecopy.fs import superblock
 from onecopy.fs.format import (
-    COUNT, DIRENT, EXTENT, FIRST_FREE, INLINE, INLINE_DATA, INLINE_EXTENTS, INODE, KINDS, MAX_INLINE_EXTENTS, NODE,
-    NODE_MAGIC, ROOT_INODE, SUBVOLUME, TOP,
+    COUNT,
+    DIRENT,
+    EXTENT,
+    FIRST_FREE,
+    INLINE,
+    INLINE_DATA,
+    INLINE_EXTENTS,
+    INODE,
+    KINDS,
+    MAX_INLINE_EXTENTS,
+    NODE,
+    NODE_MAGIC,
+    ROOT_INODE,
+    SUBVOLUME,
+    TOP,
 )  # fmt: skip
 
 if TYPE_CHECKING:
@@ -119,9 +133,7 @@ class Checker:
                 self.found("order", where, pfn, "ascending keys", "a disorder")
             checked = keys if level == 0 else keys[1:]
             if len(checked) and not (low <= int(checked[0]) and int(checked[-1]) <= high):
-                self.found(
-                    "order", where, pfn, f"keys from {low} to {high}", f"{int(checked[0])} to {int(checked[-1])}"
-                )
+                self.found("order", where, pfn, f"keys from {low} to {high}", f"{int(checked[0])} to {int(checked[-1])}")
             if level:
                 if first_visit:
                     inside = rest[rest < self.pool.frames].astype(np.int64)
@@ -170,13 +182,13 @@ class Checker:
     def run(self, roots: int, counts: int) -> CheckReport:
         """Check everything reachable from the two roots."""
         self.references[roots] += 1
-        subvolumes: dict[int, dict[str, int | bytes]] = {}
+        subvolumes: dict[int, dict[str, Any]] = {}
         for _, keys, rows in self.tree(_TREE["root tree"], roots, "the pool"):
             for key, row in zip(keys.tolist(), rows, strict=True):
                 record = SUBVOLUME.unpack(row.tobytes())
                 subvolumes[key] = record
-                if record["root"] < self.pool.frames:  # type: ignore[operator]
-                    self.references[record["root"]] += 1  # type: ignore[call-overload]
+                if record["root"] < self.pool.frames:
+                    self.references[record["root"]] += 1
         named: Counter[int] = Counter()
         for number, record in subvolumes.items():
             self.counted["subvolumes"] += 1
@@ -194,19 +206,17 @@ class Checker:
         self.report.counted = dict(self.counted)
         return self.report
 
-    def subvolume(
-        self, number: int, record: dict[str, int | bytes], others: dict[int, dict[str, int | bytes]]
-    ) -> list[int]:
+    def subvolume(self, number: int, record: dict[str, Any], others: dict[int, dict[str, Any]]) -> list[int]:
         """Check one subvolume's inodes and names; return the subvolumes that it names."""
         where = f"subvolume {number}"
-        inodes: dict[int, dict[str, int | bytes]] = {}
+        inodes: dict[int, dict[str, Any]] = {}
         for pfn, keys, rows in self.tree(_TREE["inode tree"], int(record["root"]), where):
             for key, row in zip(keys.tolist(), rows, strict=True):
                 inodes[key] = INODE.unpack(row.tobytes())
                 self.inode(f"{where}, inode {key}", pfn, inodes[key])
         if len(inodes) != record["inodes"]:
             self.found("subvolume", where, 0, f"{record['inodes']} inodes", len(inodes))
-        if inodes and max(inodes) >= record["next_inode"]:  # type: ignore[operator]
+        if inodes and max(inodes) >= record["next_inode"]:
             self.found("subvolume", where, 0, f"inode numbers below {record['next_inode']}", max(inodes))
         names: Counter[int] = Counter()
         folders: Counter[int] = Counter()
@@ -226,9 +236,7 @@ class Checker:
                     if target in others and others[target]["parent"] == number:
                         inner.append(target)
                         if others[target]["directory"] != key:
-                            self.found(
-                                "subvolume", f"subvolume {target}", 0, f"directory {key}", others[target]["directory"]
-                            )
+                            self.found("subvolume", f"subvolume {target}", 0, f"directory {key}", others[target]["directory"])
                     continue
                 child = inodes.get(target)
                 if child is None or (stat.S_IFMT(int(child["mode"])) >> 12) != {1: 8, 2: 4, 3: 10}.get(kind):
@@ -249,7 +257,7 @@ class Checker:
         self.counted["inodes"] += len(inodes)
         return inner
 
-    def inode(self, where: str, pfn: int, inode: dict[str, int | bytes]) -> None:
+    def inode(self, where: str, pfn: int, inode: dict[str, Any]) -> None:
         """Check one inode; count what it refers to, if its leaf is visited for the first time (`pfn` > 0)."""
         flags, used, root = int(inode["flags"]), int(inode["inline_used"]), int(inode["root"])
         inline = inode["inline"]
@@ -267,8 +275,8 @@ class Checker:
         elif flags & INLINE_EXTENTS:
             step = 8 + EXTENT.size
             for n in range(min(used, MAX_INLINE_EXTENTS)):
-                key = int.from_bytes(inline[n * step : n * step + 8], "little")  # type: ignore[index]
-                extents.append((key, *EXTENT.unpack_from(inline, n * step + 8)))  # type: ignore[arg-type]
+                key = int.from_bytes(inline[n * step : n * step + 8], "little")
+                extents.append((key, *EXTENT.unpack_from(inline, n * step + 8)))
             self.extents(where, abs(pfn), extents, count=pfn > 0)
         elif root:
             new = root not in self.leaves
@@ -280,17 +288,15 @@ class Checker:
         pages = sum(e[2] for e in extents)
         if pages != inode["pages"]:
             self.found("pages", where, 0, pages, inode["pages"])
-        for (page, _, count, _), after in zip(extents, extents[1:], strict=False):
+        for (page, _, count, _), after in pairwise(extents):
             if page + count > after[0]:
                 self.found("overlap", where, 0, f"an extent behind page {page + count - 1}", f"one at {after[0]}")
 
     def extents(self, where: str, pfn: int, extents: list[tuple[int, int, int, int]], *, count: bool) -> None:
         """Mark the frames of extents, and count their references."""
         for page, first, pages, flags in extents:
-            if not (FIRST_FREE <= first and 0 < pages <= self.pool.frames - first):
-                self.found(
-                    "pointer", f"{where}, page {page}", pfn, "frames within the pool", f"{first} and {pages} pages"
-                )
+            if not (first >= FIRST_FREE and 0 < pages <= self.pool.frames - first):
+                self.found("pointer", f"{where}, page {page}", pfn, "frames within the pool", f"{first} and {pages} pages")
                 continue
             if flags & ~1:
                 self.found("inode", f"{where}, page {page}", pfn, "flags 0 or 1", flags)
@@ -317,7 +323,7 @@ class Checker:
                 else:
                     record = DIRENT.unpack(row.tobytes())
                     target, kind, size = int(record["target"]), int(record["kind"]), int(record["length"])
-                    name, missing = bytes(record["name"])[:size], size - 22  # type: ignore[arg-type]
+                    name, missing = bytes(record["name"])[:size], size - 22
                     if not size or kind not in (1, 2, 3, 4):
                         self.found("name", where, abs(pfn), "a name of a known kind", f"{size} bytes of kind {kind}")
                         missing = 0
@@ -340,7 +346,7 @@ class Checker:
             for pfn, keys, rows in self.tree(_TREE["counts tree"], root, "the pool"):
                 for key, (pages, count) in zip(keys.tolist(), rows.tolist(), strict=True):
                     where = f"fragment {key}"
-                    if not (FIRST_FREE <= key and 0 < pages <= self.pool.frames - key):
+                    if not (key >= FIRST_FREE and 0 < pages <= self.pool.frames - key):
                         self.found("pointer", where, abs(pfn), "frames within the pool", f"{pages} pages")
                         continue
                     if count < 2 or (key == last_end and count == last_count):

@@ -104,6 +104,12 @@ def to_pages(tx: Tx, inode: Inode) -> None:
         _store(tx, inode, 0, memoryview(content))
 
 
+def give_pages(tx: Tx, inode: Inode) -> None:
+    """`to_pages`, and save the inode."""
+    to_pages(tx, inode)
+    inodes.save(tx, inode)
+
+
 def _store(tx: Tx, inode: Inode, offset: int, data: memoryview) -> None:
     """Store into pages, in place or into fresh frames. Does not change the size."""
     end = offset + len(data)

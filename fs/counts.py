@@ -79,6 +79,11 @@ def add(tx: "Tx", pfn: int, pages: int, delta: int) -> list[Run]:
         tx.unshared.clear()  # what was let go may be in here: leaving its hint set is always right
     elif not (tx.table[pfn] & SHARED if pages == 1 else (tx.array[pfn:end] & SHARED).any()):
         return [(pfn, pages)]
+    alone = COUNTS.alone(tx.words, tx.counts, pfn, pages)
+    if alone >= 0 and tx.words[(alone >> 3) + 1] + delta >= 2:  # the usual case: one more or less of what is a record
+        tx.counts, alone = COUNTS.own_value(tx, tx.counts, pfn)
+        tx.words[(alone >> 3) + 1] += delta
+        return []
     old = fragments(tx, pfn - 1, end + 1)  # with the neighbours that touch
     pieces: list[Fragment] = []
     freed: list[Run] = []
@@ -132,6 +137,8 @@ def _replace(tx: "Tx", old: list[Fragment], new: dict[int, tuple[int, int]]) -> 
 
 def add_runs(tx: "Tx", runs: list[Run], delta: int) -> list[Run]:
     """`add` for many runs, which may repeat: in order, joined where they touch, repeats counted at once."""
+    if len(runs) == 1:
+        return add(tx, *runs[0], delta)
     freed: list[Run] = []
     pending: list[list[int]] = []  # [pfn, pages, times]
     for pfn, pages in sorted(runs):

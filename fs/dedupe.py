@@ -4,6 +4,7 @@ Pages are found by a 64-bit multilinear hash (numpy's matrix product: 0.3 us a p
 a byte compare; sharing goes through `dedupe_range`, which compares again, under the lock, at that moment.
 """
 
+import functools
 import os
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -23,9 +24,9 @@ if TYPE_CHECKING:
     from onecopy.fs.tx import Tx, View
 
 _CHUNK = 4096  # pages hashed at once
-_WEIGHTS = np.random.Generator(np.random.PCG64(20170327)).integers(0, 1 << 63, PAGE // 8, np.uint64) * np.uint64(
-    2
-) + np.uint64(1)
+_WEIGHTS = np.random.Generator(np.random.PCG64(20170327)).integers(0, 1 << 63, PAGE // 8, np.uint64) * np.uint64(2) + np.uint64(
+    1
+)
 _MAX_RANGE = 1 << 14  # pages shared at once
 _BATCH = 64  # ranges shared in one transaction
 
@@ -62,9 +63,7 @@ class _File:
     size: int
 
 
-def dedupe(
-    fs: "FileSystem", paths: tuple[str, ...] | list[str], *, apply: bool, progress: "Progress | None"
-) -> DedupeReport:
+def dedupe(fs: "FileSystem", paths: tuple[str, ...] | list[str], *, apply: bool, progress: "Progress | None") -> DedupeReport:
     """See FileSystem.dedupe."""
     with fs._mount.reading() as view:
         files = _files(view, paths)
@@ -72,9 +71,7 @@ def dedupe(
         words = np.frombuffer(view.words, np.uint64).reshape(-1, PAGE // 8)
         hashes = _hash(words, frames, progress)
         keep = _masters(words, frames, hashes)
-        zero = (
-            int(np.count_nonzero((hashes == 0) & ~words[frames].any(1))) if len(frames) and (hashes == 0).any() else 0
-        )
+        zero = int(np.count_nonzero((hashes == 0) & ~words[frames].any(1))) if len(frames) and (hashes == 0).any() else 0
         replaced = keep != frames
         # A frame is freed when every place that reaches it is in the files looked at.
         places = References(view).places
@@ -130,9 +127,7 @@ def _named(view: "View", directory: inodes.Inode, path: str) -> list[tuple[tuple
     return found
 
 
-def _hash(
-    words: npt.NDArray[np.uint64], frames: npt.NDArray[np.int64], progress: "Progress | None"
-) -> npt.NDArray[np.uint64]:
+def _hash(words: npt.NDArray[np.uint64], frames: npt.NDArray[np.int64], progress: "Progress | None") -> npt.NDArray[np.uint64]:
     hashes = np.empty(len(frames), np.uint64)
     for at in range(0, len(frames), _CHUNK):
         some = frames[at : at + _CHUNK]
@@ -195,28 +190,27 @@ def _apply(
         rows = np.flatnonzero(wanted != one.pfns)
         for page, master in zip(one.pages[rows].tolist(), wanted[rows].tolist(), strict=True):
             source, source_page = where[master]
-            if jobs:
-                target, first, other, other_first, pages = jobs[-1]
-                if (
-                    (n, source) == (target, other)
-                    and page == first + pages
-                    and source_page == other_first + pages
-                    and pages < _MAX_RANGE
-                ):
-                    if source != n or abs(first - other_first) > pages:
-                        jobs[-1] = (target, first, other, other_first, pages + 1)
-                        continue
+            target, first, other, other_first, pages = jobs[-1] if jobs else (-1, 0, 0, 0, 0)
+            goes_on = (n, source) == (target, other) and page == first + pages and source_page == other_first + pages
+            apart = source != n or abs(first - other_first) > pages  # ranges of one file must not overlap
+            if goes_on and apart and pages < _MAX_RANGE:
+                jobs[-1] = (target, first, other, other_first, pages + 1)
+                continue
             jobs.append((n, page, source, source_page, 1))
     skipped, done, total = 0, 0, sum(job[4] for job in jobs)
     for at in range(0, len(jobs), _BATCH):
         batch = jobs[at : at + _BATCH]
-        skipped += fs._mount.run(lambda tx, batch=batch: sum(not _share(tx, files, job) for job in batch))
+        skipped += fs._mount.run(functools.partial(_share_all, files=files, jobs=batch))
         done += sum(job[4] for job in batch)
         if progress:
             progress(done, total, "pages")
     with fs._mount.reading() as view:
         freed = int(np.count_nonzero(References(view).places[goes] == 0))
     return replace(report, freed_bytes=freed * PAGE, applied=True, skipped=skipped)
+
+
+def _share_all(tx: "Tx", files: list[_File], jobs: list[_Job]) -> int:
+    return sum(not _share(tx, files, job) for job in jobs)
 
 
 def _share(tx: "Tx", files: list[_File], job: _Job) -> bool:

@@ -35,24 +35,21 @@ def _hash(name: bytes) -> int:
 
 
 def _records(name: bytes, target: int, kind: int) -> list[bytes]:
+    if len(name) <= _FIRST:
+        return [DIRENT.pack(target, kind, len(name), name)]
     rest = [name[at : at + _NEXT].ljust(_NEXT, b"\0") for at in range(_FIRST, len(name), _NEXT)]
     return [DIRENT.pack(target, kind, len(name), name[:_FIRST]), *rest]
 
 
 def _find(view: View, root: int, name: bytes) -> tuple[int, Entry] | None:
-    """Return (key of the first record, entry) of `name`."""
+    """Return (key of the first record, entry) of `name`. While a hash has any names, its first place is taken."""
     key, size = _hash(name), len(name)
-    if size <= _FIRST:  # by far the most: one look-up
-        offset = ENTRIES.find(view.words, root, key)
-        if offset < 0:
-            return None if not root else _find_rival(view, root, key, name)
-        target, kind, length, first = DIRENT.unpack_from(view.bytes, offset)
-        if length == size and first[:size] == name:
-            return key, Entry(name, target, kind)
-    return _find_rival(view, root, key, name)
-
-
-def _find_rival(view: View, root: int, key: int, name: bytes) -> tuple[int, Entry] | None:
+    offset = ENTRIES.find(view.words, root, key)
+    if offset < 0:
+        return None
+    target, kind, length, first = DIRENT.unpack_from(view.bytes, offset)
+    if length == size <= _FIRST and first[:size] == name:  # by far the most
+        return key, Entry(name, target, kind)
     for at, entry in _entries(view, root, key, key + 256):
         if entry.name == name:
             return at, entry
@@ -65,9 +62,7 @@ def _entries(view: View, root: int, low: int = 0, high: int = (1 << 64) - 1) -> 
     for key, offset in ENTRIES.items(view.words, root, low, high):
         if missing > 0:
             if key & 15 == 0:
-                raise CorruptRecord(
-                    "directory entry", root, "records", expected="more of a name", actual=f"key {key:#x}"
-                )
+                raise CorruptRecord("directory entry", root, "records", expected="more of a name", actual=f"key {key:#x}")
             name += bytes(view.bytes[offset : offset + min(missing, _NEXT)])
             missing -= _NEXT
         else:
@@ -93,12 +88,10 @@ def insert(tx: Tx, directory: Inode, name: bytes, target: int, kind: int) -> Non
     """Add a name that `directory` (from `inode.change`) does not have, and save it."""
     key = _hash(name)
     if ENTRIES.find(tx.words, directory.root, key) >= 0:  # the first place is taken by another name of this hash
-        taken = {at for at, _ in _entries(tx, directory.root, key, key + 256)}
-        key = next((key + 16 * n for n in range(_RIVALS) if key + 16 * n not in taken), -1)
-        if key < 0:
+        key += 16 * len(_entries(tx, directory.root, key, key + 256))
+        if key & 255 == 0:
             raise posix(errno.ENOSPC, detail=f"{_RIVALS} names of one hash in a directory")
-    for n, record in enumerate(_records(name, target, kind)):
-        directory.root = ENTRIES.insert(tx, directory.root, key + n, record)
+    _write(tx, directory, key, _records(name, target, kind))
     directory.size += 1
     if kind == DIRECTORY:
         directory.links += 1
@@ -111,13 +104,26 @@ def remove(tx: Tx, directory: Inode, name: bytes) -> Entry:
     if found is None:
         raise posix(errno.ENOENT)
     key, entry = found
-    for n in range(len(_records(name, 0, 0))):
-        directory.root = ENTRIES.delete(tx, directory.root, key + n)
+    last = _entries(tx, directory.root, _hash(name), _hash(name) + 256)[-1]
+    _erase(tx, directory, key, name)
+    if last[0] != key:  # another name of this hash moves into the place, so that there are no gaps
+        _erase(tx, directory, last[0], last[1].name)
+        _write(tx, directory, key, _records(*last[1]))
     directory.size -= 1
     if entry.kind == DIRECTORY:
         directory.links -= 1
     _saved(tx, directory, name, 0, 0)
     return entry
+
+
+def _write(tx: Tx, directory: Inode, key: int, records: list[bytes]) -> None:
+    for n, record in enumerate(records):
+        directory.root = ENTRIES.insert(tx, directory.root, key + n, record)
+
+
+def _erase(tx: Tx, directory: Inode, key: int, name: bytes) -> None:
+    for n in range(len(_records(name, 0, 0))):
+        directory.root = ENTRIES.delete(tx, directory.root, key + n)
 
 
 def _saved(tx: Tx, directory: Inode, name: bytes, target: int, kind: int) -> None:

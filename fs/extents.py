@@ -4,6 +4,7 @@ All changes go through `replace`: it cuts what is in a range, lets its frames go
 neighbours that continue them. Its caller has the inode from `inode.change`.
 """
 
+import struct
 from itertools import pairwise
 
 from onecopy.blkcache.frames import MAX_RUN, PINNED, SHARED
@@ -15,16 +16,14 @@ from onecopy.fs.tx import Tx, View
 
 Extent = tuple[int, int, int, int]  # (file page, PFN, pages, flags)
 
-_STEP = 8 + EXTENT.size
+_INLINE = struct.Struct("<Q" + EXTENT.struct.format[1:])  # the key, then the value
+_STEP = _INLINE.size
 
 
 def inline_extents(inode: Inode) -> list[Extent]:
     """Return the extents in the inode's record."""
-    found = []
-    for n in range(min(inode.inline_used, MAX_INLINE_EXTENTS)):
-        key = int.from_bytes(inode.inline[n * _STEP : n * _STEP + 8], "little")
-        found.append((key, *EXTENT.unpack_from(inode.inline, n * _STEP + 8)))
-    return found
+    used = min(inode.inline_used, MAX_INLINE_EXTENTS) * _STEP
+    return list(_INLINE.iter_unpack(inode.inline[:used]))
 
 
 def load(view: View, inode: Inode, low: int = 0, high: int = MAX_KEY) -> list[Extent]:
@@ -152,7 +151,7 @@ def _write(tx: Tx, inode: Inode, old: list[Extent], new: list[Extent]) -> None:
         inode.inline, inode.inline_used = b"", 0
         if 0 < len(new) <= MAX_INLINE_EXTENTS:
             inode.flags |= INLINE_EXTENTS
-            inode.inline = b"".join(e[0].to_bytes(8, "little") + EXTENT.pack(*e[1:]) for e in new)
+            inode.inline = b"".join(_INLINE.pack(*e) for e in new)
             inode.inline_used = len(new)
             return
         old = []

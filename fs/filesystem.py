@@ -1,6 +1,7 @@
 """The public API of an open pool. Each call is one reader's section or one transaction over the layers below."""
 
 import errno
+import functools
 import os
 import stat
 import time
@@ -179,9 +180,7 @@ class FileSystem:
         with self._mount.reading() as view:
             directory = namei.directory_at(view, path)
             found = directories.entries(view, directory) if directory is not None else []
-        return sorted(
-            (DirEntry(os.fsdecode(e.name), e.target, KIND_NAMES[e.kind]) for e in found), key=lambda e: e.name
-        )
+        return sorted((DirEntry(os.fsdecode(e.name), e.target, KIND_NAMES[e.kind]) for e in found), key=lambda e: e.name)
 
     def listdir(self, path: str = "/") -> list[str]:
         """Return the sorted names in a directory."""
@@ -192,7 +191,8 @@ class FileSystem:
 
     def walk(self, path: str = "/") -> Iterator[tuple[str, list[str], list[str]]]:
         """Yield (directory, names of directories in it, other names) top down, as os.walk; the lists may be pruned."""
-        folders, files = [], []
+        folders: list[str] = []
+        files: list[str] = []
         for entry in self.scandir(path):
             (folders if entry.kind in ("dir", "subvolume") else files).append(entry.name)
         yield path, folders, files
@@ -282,9 +282,7 @@ class FileSystem:
         for folder, _, files in list(self.walk(path))[::-1]:
             for at in range(0, len(files), _REMOVE_BATCH):
                 batch = files[at : at + _REMOVE_BATCH]
-                self._mount.run(
-                    lambda tx, folder=folder, batch=batch: self._unlink_all(tx, folder, batch), reserve=True
-                )
+                self._mount.run(functools.partial(self._unlink_all, folder=folder, names=batch), reserve=True)
                 done += len(batch)
                 if progress:
                     progress(done, done, "files")
@@ -459,11 +457,11 @@ class FileSystem:
 
     def create(self, path: str, mode: int = 0o644, *, exist_ok: bool = True) -> None:
         """Make an empty file; one that is there is left alone, or EEXIST."""
-        self._mount.run(lambda tx: self._created(tx, path, mode, exist_ok=exist_ok))
+        self._mount.run(lambda tx: inodes.save(tx, self._created(tx, path, mode, exist_ok=exist_ok)))
 
     @staticmethod
     def _created(tx: Tx, path: str, mode: int = 0o644, *, exist_ok: bool = True) -> Inode:
-        """Return the file at `path` to change it, made when missing."""
+        """Return the file at `path` to change and save, made when missing."""
         place = namei.walk(tx, path)
         if place.exists:
             if not exist_ok:
@@ -597,9 +595,7 @@ class FileSystem:
     def create_subvolume(self, path: str, mode: int = 0o755) -> None:
         """Make an empty subvolume: a directory tree that `snapshot` clones whole."""
         self._mount.run(
-            lambda tx: (
-                sharing.create_subvolume(tx, namei.new_name(tx, path, directory=True), stat.S_IFDIR | mode) and None
-            )
+            lambda tx: sharing.create_subvolume(tx, namei.new_name(tx, path, directory=True), stat.S_IFDIR | mode) and None
         )
 
     def snapshot(self, src: str, dst: str) -> None:
@@ -627,17 +623,13 @@ class FileSystem:
                 while True:
                     directory = inodes.load(view, one.parent, above)
                     names += [
-                        os.fsdecode(e.name)
-                        for e in directories.entries(view, directory)
-                        if (e.target, e.kind) == (child, kind)
+                        os.fsdecode(e.name) for e in directories.entries(view, directory) if (e.target, e.kind) == (child, kind)
                     ]
                     if above == ROOT_INODE:
                         return join(path_of(one.parent), *names[::-1])
                     child, above, kind = above, directory.parent, DIRECTORY
 
-            result = [
-                SubvolumeInfo(one.id, path_of(one.id), one.parent, one.origin, one.inodes, one.created) for one in found
-            ]
+            result = [SubvolumeInfo(one.id, path_of(one.id), one.parent, one.origin, one.inodes, one.created) for one in found]
         return sorted(result, key=lambda one: one.path)
 
     # ------------------------------------------------------------- seeing
@@ -693,7 +685,7 @@ class FileSystem:
             with self._mount.reading() as view:
                 small = namei.file_at(view, path).content
             if small:  # give it a page of its own, which others can map, too
-                self._on_file(path, lambda tx, inode: (content.to_pages(tx, inode), inodes.save(tx, inode)) and None)
+                self._on_file(path, content.give_pages)
         return self._mount.map(lambda view: namei.file_at(view, path), path)
 
     def array(

@@ -2,7 +2,7 @@
 
 from onecopy.daxemu.pool import HEADER as POOL_HEADER
 from onecopy.daxemu.record import Record
-from onecopy.daxemu.units import PAGE, WORDS
+from onecopy.daxemu.units import WORDS
 
 SUPERBLOCK = Record(
     "superblock",

@@ -17,12 +17,15 @@ from onecopy.fs.format import INLINE_DATA, INLINE_EXTENTS, INODE
 from onecopy.fs.tx import Subvolume, Tx, View
 
 _FIELDS = tuple(INODE.offset)
+_UNKNOWN, _NEW = -1, -2  # instead of a place: somewhere in the tree; not in the tree yet
 
 
 class Inode:
     """A decoded inode (see format.INODE) with its identity; `content` is the used part of the inline area."""
 
-    __slots__ = ("subvolume", "number", *_FIELDS)
+    __slots__ = ("number", "place", "subvolume", *_FIELDS)
+
+    place: tuple[int, int]  # where the record is: (the transaction's inode_moves then, byte offset)
 
     mode: int
     links: int
@@ -41,7 +44,7 @@ class Inode:
     inline: bytes
 
     def __init__(self, subvolume: int, number: int, fields: tuple[int | bytes, ...]) -> None:
-        self.subvolume, self.number = subvolume, number
+        self.subvolume, self.number, self.place = subvolume, number, (_UNKNOWN, 0)
         (
             self.mode, self.links, self.uid, self.gid, self.size, self.accessed, self.modified, self.changed, self.root,
             self.pages, self.parent, self.attributes, self.flags, self.inline_used, self.inline,
@@ -87,7 +90,7 @@ class Inode:
             "st_blksize": PAGE, "st_blocks": self.pages * (PAGE // 512), "st_rdev": 0,
         }  # fmt: skip
         basic = (self.mode, self.number, device + self.subvolume, self.links, self.uid, self.gid, self.size, *seconds)
-        return os.stat_result(basic, exact)  # type: ignore[call-arg]
+        return os.stat_result(basic, exact)
 
 
 def load(view: View, subvolume: int, number: int) -> Inode:
@@ -95,27 +98,36 @@ def load(view: View, subvolume: int, number: int) -> Inode:
     home = view.subvolume(subvolume)
     offset = INODES.find(view.words, home.root, number) if home is not None else -1
     if offset < 0:
-        raise CorruptRecord(
-            "inode", home.root if home else 0, "number", expected=f"{subvolume}:{number}", actual="none"
-        )
+        raise CorruptRecord("inode", home.root if home else 0, "number", expected=f"{subvolume}:{number}", actual="none")
     return Inode(subvolume, number, INODE.unpack_from(view.bytes, offset))
 
 
 def change(tx: Tx, subvolume: int, number: int) -> Inode:
     """Return inode `number` to change: its path is the transaction's own, so its references are exact. `save` it after."""
     home = tx.change(_home(tx, subvolume))
-    home.root = INODES.own_path(tx, home.root, number, number + 1)
-    return load(tx, subvolume, number)
+    home.root, offset = INODES.own_value(tx, home.root, number)
+    inode = Inode(subvolume, number, INODE.unpack_from(tx.bytes, offset))
+    inode.place = (tx.inode_moves, offset)
+    return inode
 
 
 def save(tx: Tx, inode: Inode) -> None:
-    """Write the record back."""
+    """Write the record back, or for the first time."""
+    moves, offset = inode.place
+    if moves == tx.inode_moves:
+        tx.bytes[offset : offset + INODE.size] = inode.pack()
+        return
     home = tx.change(_home(tx, inode.subvolume))
-    home.root = INODES.update(tx, home.root, inode.number, inode.pack())
+    if moves == _NEW:
+        tx.inode_moves += 1
+        home.root = INODES.insert(tx, home.root, inode.number, inode.pack())
+        inode.place = (0, 0)
+    else:
+        home.root = INODES.update(tx, home.root, inode.number, inode.pack())
 
 
 def make(tx: Tx, subvolume: int, mode: int, *, parent: int = 0, like: Inode | None = None) -> Inode:
-    """Insert a new inode with no content and one link; owner and times are `like`'s or ours and now."""
+    """Return a new inode with no content and one link, to `save`; owner and times are `like`'s or ours and now."""
     home = tx.change(_home(tx, subvolume))
     number = home.next_inode
     home.next_inode += 1
@@ -123,7 +135,7 @@ def make(tx: Tx, subvolume: int, mode: int, *, parent: int = 0, like: Inode | No
     now = time.time_ns()
     uid, gid = (like.uid, like.gid) if like is not None else (os.geteuid(), os.getegid())
     inode = Inode(subvolume, number, (mode, 1, uid, gid, 0, now, now, now, 0, 0, parent, 0, 0, 0, b""))
-    home.root = INODES.insert(tx, home.root, number, inode.pack())
+    inode.place = (_NEW, 0)
     return inode
 
 
@@ -135,15 +147,16 @@ def remove(tx: Tx, inode: Inode) -> None:
     counts.release(tx, runs)
     counts.drop(tx, ENTRIES if inode.is_directory else EXTENTS, root)
     home = tx.change(_home(tx, inode.subvolume))
+    tx.inode_moves += 1
     home.root = INODES.delete(tx, home.root, inode.number)
     home.inodes -= 1
 
 
 def references(inode: Inode) -> tuple[int, list[tuple[int, int]]]:
     """Return what the inode refers to: (root PFN or 0, runs of inline extents)."""
-    from onecopy.fs.extents import inline_extents
-
     if inode.flags & INLINE_EXTENTS:
+        from onecopy.fs.extents import inline_extents
+
         return 0, [(pfn, pages) for _, pfn, pages, _ in inline_extents(inode)]
     return inode.root, []
 

@@ -54,6 +54,8 @@ def remove(path: str | os.PathLike[str]) -> None:
 class _Nothing:
     """What `_Exclusive` is when there is no pool to exclude others from."""
 
+    paths: tuple[str, str] | None = None
+
     def __enter__(self) -> "_Nothing":
         return self
 
@@ -68,7 +70,6 @@ class _Exclusive(_Nothing):
     """The mount lock on an existing file, held exclusively; PoolBusy when that can't be had at once."""
 
     def __init__(self, path: str) -> None:
-        self.paths: tuple[str, str] | None = None
         self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         if not try_mount(self.fd, exclusive=True):
             os.close(self.fd)
@@ -108,7 +109,7 @@ def sweep() -> list[str]:
             if len(data) < runtime.HEADER.size:
                 continue
             header = runtime.HEADER.unpack(data)
-            where = os.fsdecode(bytes(header["path"]).rstrip(b"\0"))  # type: ignore[arg-type]
+            where = os.fsdecode(bytes(header["path"]).rstrip(b"\0"))
             if header["magic"] != runtime.MAGIC or not where or slots.in_use(fd):
                 continue
             try:

@@ -23,7 +23,7 @@ from onecopy.daxemu.locks import RankedLock, reopen, try_mount
 from onecopy.daxemu.mapping import Mapping
 from onecopy.daxemu.persist import persistence_of
 from onecopy.daxemu.pool import Pool
-from onecopy.daxemu.runtime import Runtime, W, attach, finish, open_lock, runtime_paths
+from onecopy.daxemu.runtime import W, attach, finish, open_lock, runtime_paths
 from onecopy.daxemu.slots import Slot
 from onecopy.daxemu.steps import reach
 from onecopy.fs import extents, rebuild, superblock
@@ -34,8 +34,8 @@ from onecopy.fs.tx import Tx, View
 T = TypeVar("T")
 
 INTENT_SYNC = 2
-_LIVE, _INTENT, _TAKEN = W["live_generation"], W["intent"], W["taken_generation"]
-_RECLAIM_AT = 64  # entries in limbo at which a transaction reclaims first
+_LIVE, _INTENT, _TAKEN, _HEAD = W["live_generation"], W["intent"], W["taken_generation"], W["limbo_head"]
+_RECLAIM_AT = 256  # entries in limbo at which a transaction reclaims first
 
 MOUNTS: "weakref.WeakSet[Mount]" = weakref.WeakSet()  # for fork
 
@@ -94,9 +94,7 @@ class Mount:
             if not empty and self._is_stale():
                 self.runtime.close()
                 if not try_mount(self.pool.fd, exclusive=True):
-                    raise RuntimeLost(
-                        "the pool file was replaced while processes use it; end them", path=self.pool.path
-                    )
+                    raise RuntimeLost("the pool file was replaced while processes use it; end them", path=self.pool.path)
                 os.unlink(self.runtime.path)
                 self.runtime, empty = attach(self.pool, self.lock)
                 self._layers()
@@ -167,9 +165,7 @@ class Mount:
                 try:
                     result = work(tx)
                     if os.getpid() != pid:
-                        raise OneCopyError(
-                            "a transaction begun before fork can't be finished by the child", code=errno.EPERM
-                        )
+                        raise OneCopyError("a transaction begun before fork can't be finished by the child", code=errno.EPERM)
                     self.view = tx.commit()
                     return result
                 except NoSpace:
@@ -185,16 +181,18 @@ class Mount:
 
     def _begin(self, *, reserve: bool) -> Tx:
         reach("lock taken")
-        self._recover()
-        live = self.runtime.atomic.load(_LIVE)
-        if self.view.generation != live:
-            self.view = View(self.runtime, self.pool, live)
+        words = self.runtime.words
+        live = words[_LIVE]
+        if words[_INTENT] or words[_TAKEN] > live:
+            self._recover()
+        view = self.view
+        if view.generation != live:
+            view = self.view = View(self.runtime, self.pool, live)
         if self._dropped:
             self._unpin()
-        if self.view.limbo_tail - self.runtime.get("limbo_head") >= _RECLAIM_AT:
-            self.limbo.reclaim(self.view.limbo_tail)
-        self.frames.floor = 0 if reserve else self.frames.reserve
-        return Tx(self.view, self.runtime, self.pool, self.frames, self.limbo)
+        if view.limbo_tail - words[_HEAD] >= _RECLAIM_AT:
+            self.limbo.reclaim(view.limbo_tail)
+        return Tx(self.view, self.runtime, self.pool, self.frames, self.limbo, reserve=reserve)
 
     def _abort(self) -> None:
         """Undo, unless the exception came after the transaction had been published."""
@@ -298,7 +296,7 @@ class Mount:
             file.truncate(4096)
             file.write(inode.content or b"")
             mapping = Mapping(inode.size, [], path)
-            mapping.map(file.fileno(), np.array([0, 0, 1], np.uint64))
+            mapping.map(file.fileno(), np.array([0, 0, 1], np.uint64).tobytes())
         return mapping
 
     def _write_pins(self) -> None:

@@ -40,19 +40,15 @@ class Place(NamedTuple):
 
 def split(path: str) -> list[bytes]:
     """Return the names of `path`. Raises ENOENT for '', ENAMETOOLONG, EINVAL for a zero byte."""
-    if not isinstance(path, str):
-        path = os.fspath(path)
-    if not path:
-        raise posix(errno.ENOENT, path)
-    if not path.startswith("/"):
-        raise invalid("paths in a pool are absolute: they start with '/'", path)
     raw = os.fsencode(path)
-    if len(raw) > PATH_MAX:
-        raise posix(errno.ENAMETOOLONG, path)
+    if not raw:
+        raise posix(errno.ENOENT, path)
+    if raw[0] != 47:
+        raise invalid("paths in a pool are absolute: they start with '/'", path)
     if b"\0" in raw:
         raise invalid("a zero byte in a path", path)
     names = [name for name in raw.split(b"/") if name and name != b"."]
-    if any(len(name) > NAME_MAX for name in names):
+    if len(raw) > NAME_MAX and (len(raw) > PATH_MAX or max(map(len, names), default=0) > NAME_MAX):
         raise posix(errno.ENAMETOOLONG, path)
     return names
 

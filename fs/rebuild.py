@@ -19,8 +19,18 @@ from onecopy.daxemu.units import PAGE
 from onecopy.fs import superblock
 from onecopy.fs.btree import COUNTS, ENTRIES, EXTENTS, INODES, ROOTS, Tree
 from onecopy.fs.format import (
-    FIRST_FREE, INLINE_EXTENTS, INODE, LIVE_ROOT, MAX_INLINE_EXTENTS, NODE as NODE_RECORD, ROOT_INODE, SUBVOLUME, TOP,
+    FIRST_FREE,
+    INLINE_EXTENTS,
+    INODE,
+    LIVE_ROOT,
+    MAX_INLINE_EXTENTS,
+    ROOT_INODE,
+    SUBVOLUME,
+    TOP,
 )  # fmt: skip
+from onecopy.fs.format import (
+    NODE as NODE_RECORD,
+)
 from onecopy.fs.superblock import Superblock
 from onecopy.fs.tx import live_slot
 
@@ -55,9 +65,7 @@ def node_checksum(pool: Pool, pfn: int) -> int:
 def verify_node(pool: Pool, tree: Tree, pfn: int, level: int | None) -> int:
     """Check a node in full; return its first word. CorruptRecord."""
     if not FIRST_FREE <= pfn < pool.frames:
-        raise CorruptRecord(
-            f"{tree.name} pointer", pfn, "PFN", expected=f"{FIRST_FREE} to {pool.frames - 1}", actual=pfn
-        )
+        raise CorruptRecord(f"{tree.name} pointer", pfn, "PFN", expected=f"{FIRST_FREE} to {pool.frames - 1}", actual=pfn)
     base = tree.enter(pool.words, pfn, level)
     if pool.words[base + 1] != pfn:
         raise CorruptRecord(f"{tree.name} node", pfn, "own PFN", expected=pfn, actual=pool.words[base + 1])
@@ -125,7 +133,7 @@ class Walk:
     def _mark(self, starts: npt.NDArray[np.uint64], lengths: npt.NDArray[np.uint64], bit: int, pfn: int) -> None:
         frames = self.pool.frames
         for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
-            if not (FIRST_FREE <= start and length and start + length <= frames):
+            if not (start >= FIRST_FREE and length and start + length <= frames):
                 raise CorruptRecord(
                     "extent or fragment in node", pfn, "frames", expected=f"within {FIRST_FREE} to {frames - 1}",
                     actual=f"{start} and {length} pages",

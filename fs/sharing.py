@@ -8,6 +8,7 @@ import errno
 import time
 
 import numpy as np
+import numpy.typing as npt
 
 from onecopy.daxemu.errors import invalid, posix
 from onecopy.daxemu.units import PAGE, pages_of
@@ -16,7 +17,7 @@ from onecopy.fs import directory as directories
 from onecopy.fs import inode as inodes
 from onecopy.fs.btree import INODES
 from onecopy.fs.directory import DIRECTORY, FILE, SUBVOLUME
-from onecopy.fs.format import ROOT_INODE
+from onecopy.fs.format import INLINE_EXTENTS, ROOT_INODE
 from onecopy.fs.inode import Inode
 from onecopy.fs.namei import PHANTOM, Place, parent_of
 from onecopy.fs.tx import Subvolume, Tx
@@ -24,11 +25,10 @@ from onecopy.fs.tx import Subvolume, Tx
 
 def clone_inode(tx: Tx, source: Inode, subvolume: int, parent: int = 0) -> Inode:
     """Make an inode in `subvolume` that shares all content of `source`, a file or symbolic link; O(1)."""
-    root, runs = inodes.references(source)
-    if root:
-        counts.add(tx, root, 1, 1)
-    else:
-        counts.add_runs(tx, runs, 1)
+    if source.root:
+        counts.add(tx, source.root, 1, 1)
+    elif source.flags & INLINE_EXTENTS:
+        counts.add_runs(tx, inodes.references(source)[1], 1)
     new = inodes.make(tx, subvolume, source.mode, parent=parent, like=source)
     new.root, new.flags, new.inline, new.inline_used = source.root, source.flags, source.inline, source.inline_used
     new.size, new.pages, new.modified = source.size, source.pages, source.modified
@@ -132,7 +132,7 @@ def _share(tx: Tx, source: Inode, page: int, target: Inode, target_page: int, pa
     extents.replace(tx, target, target_page, target_page + pages, new)
 
 
-def _page_map(tx: Tx, inode: Inode, low: int, high: int) -> np.ndarray:
+def _page_map(tx: Tx, inode: Inode, low: int, high: int) -> npt.NDArray[np.int64]:
     """Return the PFN of each page; 0 for what reads as zeros."""
     table = np.zeros(high - low, np.int64)
     for page, pfn, pages, _ in extents.written(extents.clip(extents.load(tx, inode, low, high), low, high)):
@@ -140,7 +140,7 @@ def _page_map(tx: Tx, inode: Inode, low: int, high: int) -> np.ndarray:
     return table
 
 
-def _same_bytes(tx: Tx, here: np.ndarray, there: np.ndarray) -> bool:
+def _same_bytes(tx: Tx, here: npt.NDArray[np.int64], there: npt.NDArray[np.int64]) -> bool:
     """Compare frames pairwise; 0 stands for a page of zeros."""
     words = np.frombuffer(tx.words, np.uint64)
     at = 0
@@ -167,7 +167,7 @@ def _same_bytes(tx: Tx, here: np.ndarray, there: np.ndarray) -> bool:
     return True
 
 
-def _runs(indexes: np.ndarray) -> list[tuple[int, int]]:
+def _runs(indexes: npt.NDArray[np.int64]) -> list[tuple[int, int]]:
     """Return ascending indexes as ranges [first, end)."""
     if not len(indexes):
         return []
@@ -246,9 +246,7 @@ def clone_directory(tx: Tx, source: Inode, place: Place) -> int:
         inodes.save(tx, new)
         directories.insert(tx, parent_of(tx, where), where.name, new.number, DIRECTORY)
         for entry in directories.entries(tx, directory):
-            inner = Place(
-                where.parent_subvolume, -1, entry.kind, where.parent_subvolume, new.number, entry.name, where.path
-            )
+            inner = Place(where.parent_subvolume, -1, entry.kind, where.parent_subvolume, new.number, entry.name, where.path)
             if entry.kind == SUBVOLUME:
                 empty = inodes.make(tx, where.parent_subvolume, directory.mode, parent=new.number, like=directory)
                 empty.links = 2

@@ -33,9 +33,7 @@ def read_slot(pool: Pool, pfn: int) -> Superblock:
         raise CorruptRecord("superblock", pfn, "checksum", expected=fields["checksum"], actual=found)
     block = Superblock(pfn, *(int(fields[name]) for name in Superblock._fields[1:]))
     if not FIRST_FREE <= block.roots < pool.frames or block.counts >= pool.frames:
-        raise CorruptRecord(
-            "superblock", pfn, "roots", expected="PFNs within the pool", actual=(block.roots, block.counts)
-        )
+        raise CorruptRecord("superblock", pfn, "roots", expected="PFNs within the pool", actual=(block.roots, block.counts))
     return block
 
 

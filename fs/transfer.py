@@ -88,7 +88,8 @@ def _put_tree(fs: FileSystem, src: str, dst: str, progress: "Progress | None") -
             if os.path.realpath(path) == pool:
                 raise invalid("the source holds the pool itself", src)
             total += status.st_size if stat.S_ISREG(status.st_mode) else 0
-    meter, linked = _Meter(progress, total), {}
+    meter = _Meter(progress, total)
+    linked: dict[tuple[int, int], str] = {}
     fs.mkdir(dst)
     try:
         for folder, folders, files in os.walk(src):
@@ -207,7 +208,8 @@ def get(fs: FileSystem, src: str, dst: str, *, progress: "Progress | None") -> N
         _get_file(fs, src, dst, _Meter(progress, status.st_size))
         return
     total = sum(fs.lstat(join(folder, name)).st_size for folder, _, files in fs.walk(src) for name in files)
-    meter, linked = _Meter(progress, total), {}
+    meter = _Meter(progress, total)
+    linked: dict[tuple[int, int], str] = {}
     os.mkdir(dst, 0o700)
     try:
         for folder, folders, files in fs.walk(src):

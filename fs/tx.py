@@ -99,7 +99,7 @@ class View:
 class Tx(View):
     """The next generation. The caller holds the transaction lock from before the first call until after the last."""
 
-    def __init__(self, view: View, runtime: Runtime, pool: Pool, frames: Frames, limbo: Limbo) -> None:
+    def __init__(self, view: View, runtime: Runtime, pool: Pool, frames: Frames, limbo: Limbo, *, reserve: bool) -> None:
         # Not View.__init__: a transaction starts from what its view already knows.
         self.generation = view.generation + 1
         self.words, self.bytes, self.table, self.array = view.words, view.bytes, view.table, view.array
@@ -111,7 +111,9 @@ class Tx(View):
         self.freed: list[Run] = []
         self.unshared: list[Run] = []  # runs whose SHARED hint may be cleared once this is published
         self._changed: set[int] = set()
-        frames.begin(self.generation)
+        self.inode_moves = 0  # changes when an inode's record may have moved within its tree
+        self._reserve = reserve
+        frames.begin(self.generation, reserve=reserve)
 
     # ------------------------------------------------------------- nodes
 
@@ -130,11 +132,15 @@ class Tx(View):
         A node with several references is copied for one of them: it loses that reference, and everything below it gains
         one, now being reachable from two nodes.
         """
-        words = self.words
-        base = tree.enter(words, pfn)
-        shared = tree.shareable and self.table[pfn] & SHARED and counts.references(self, pfn) > 1
-        if not shared and words[base + 2] == self.generation:
-            return pfn
+        words, base = self.words, pfn << 9
+        try:
+            shared = self.table[pfn] & SHARED and tree.shareable and counts.references(self, pfn) > 1
+            if words[base + 2] == self.generation and not shared:
+                return pfn
+            if words[base] >> 24 != tree.tag:
+                tree.enter(words, pfn)
+        except IndexError:
+            tree.enter(words, pfn)
         mine = self.frames.take_node()
         copy = mine << 9
         words[copy : copy + 512] = words[base : base + 512]
@@ -194,6 +200,7 @@ class Tx(View):
         for number in self._changed:
             self.roots = ROOTS.update(self, self.roots, number, self.subvolumes[number].pack())
         self.limbo_tail = self.limbo.append(self.freed, self.limbo_tail, self.generation)
+        self.frames.settle_room(reserve=self._reserve)
         reach("limbo appended")
         # The slot of our parity holds the generation before our view's: no reader that will succeed is using it, since
         # `announce` and the reader's own check see that live_generation has moved past it.

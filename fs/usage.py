@@ -6,6 +6,7 @@ all of whose references lie within it; "shared" is the rest of what it reaches.
 
 import stat
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -126,7 +127,7 @@ def file_extents(view: View, inode: Inode) -> list[Extent]:
             continue
         run = places[pfn : pfn + pages]
         cuts = [0, *(np.flatnonzero(np.diff(run)) + 1).tolist(), pages]
-        for a, b in zip(cuts, cuts[1:], strict=False):
+        for a, b in pairwise(cuts):
             found.append(Extent(page + a, pfn + a, b - a, int(run[a]), state))
     return sorted(found, key=lambda e: e.file_page)
 

@@ -33,7 +33,7 @@ from onecopy.fs import fork as _fork  # registers itself
 from onecopy.fs.check import CheckReport, Finding
 from onecopy.fs.dedupe import DedupeFile, DedupeReport
 from onecopy.fs.filesystem import DirEntry, FileSystem, PoolInfo, SubvolumeInfo
-from onecopy.fs.lifecycle import check, format, open, remove  # noqa: A004 - the names that users expect
+from onecopy.fs.lifecycle import check, format, open, remove
 from onecopy.fs.usage import Extent, Usage
 
 __version__ = _version("onecopy")
