@@ -20,7 +20,8 @@ from onecopy.fs.namei import PHANTOM
 from onecopy.fs.usage import References, inner_inodes
 
 if TYPE_CHECKING:
-    from onecopy.fs.filesystem import FileSystem, Progress
+    from onecopy.fs.filesystem import FileSystem
+    from onecopy.fs.names import Progress
     from onecopy.fs.tx import Tx, View
 
 _CHUNK = 4096  # pages hashed at once

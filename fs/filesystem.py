@@ -1,12 +1,10 @@
 """The public API of an open pool. Each call is one reader's section or one transaction over the layers below."""
 
 import errno
-import functools
 import os
 import stat
-import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -15,19 +13,20 @@ import numpy as np
 
 from onecopy.blkcache.frames import PINNED, USED
 from onecopy.daxemu import slots
-from onecopy.daxemu.errors import CrossSubvolume, invalid, posix
+from onecopy.daxemu.errors import invalid, posix
 from onecopy.daxemu.mapping import Mapping
 from onecopy.daxemu.slots import User
 from onecopy.daxemu.units import PAGE
-from onecopy.fs import attributes, content, namei, sharing
+from onecopy.fs import content, namei, sharing
 from onecopy.fs import directory as directories
 from onecopy.fs import inode as inodes
 from onecopy.fs.btree import ROOTS
-from onecopy.fs.directory import DIRECTORY, FILE, KIND_NAMES, SUBVOLUME, SYMLINK
+from onecopy.fs.directory import FILE, SUBVOLUME
 from onecopy.fs.format import ROOT_INODE, TOP
 from onecopy.fs.inode import Inode
 from onecopy.fs.mount import Mount
 from onecopy.fs.namei import PHANTOM, Place
+from onecopy.fs.names import Names, Progress, join
 from onecopy.fs.tx import Tx
 
 if TYPE_CHECKING:
@@ -36,10 +35,6 @@ if TYPE_CHECKING:
     from onecopy.fs.check import CheckReport
     from onecopy.fs.dedupe import DedupeReport
     from onecopy.fs.usage import Extent, Usage
-
-Progress = Callable[[int, int, str], None]  # (done, total, "bytes" | "files" | "pages")
-
-_REMOVE_BATCH = 256  # names that `rmtree` removes in one transaction
 
 
 @dataclass(frozen=True)
@@ -62,28 +57,7 @@ class PoolInfo:
     users: list[User]
 
 
-@dataclass(frozen=True)
-class DirEntry:
-    """A name in a directory; `kind` is "file", "dir", "symlink" or "subvolume"."""
-
-    name: str
-    ino: int
-    kind: str
-
-
-@dataclass(frozen=True)
-class SubvolumeInfo:
-    """A subvolume: its number, path, the number of the one it is in and of its origin (0: none), inodes in it."""
-
-    id: int
-    path: str
-    parent: int
-    origin: int
-    inodes: int
-    created: int
-
-
-class FileSystem:
+class FileSystem(Names):
     """An open pool. Thread-safe; a context manager; a forked child may go on using it.
 
     Paths are absolute within the pool. Offsets and lengths are bytes. Every call is atomic for other processes and
@@ -145,313 +119,6 @@ class FileSystem:
                 subvolumes=sum(1 for _ in ROOTS.items(view.words, view.roots)),
                 users=slots.users(mount.runtime),
             )
-
-    # -------------------------------------------------------------- names
-
-    def stat(self, path: str) -> os.stat_result:
-        """Return the status of what `path` leads to; st_dev tells subvolumes apart."""
-        return self._stat(path, follow=True)
-
-    def lstat(self, path: str) -> os.stat_result:
-        """`stat`, but of a symbolic link itself."""
-        return self._stat(path, follow=False)
-
-    def _stat(self, path: str, *, follow: bool) -> os.stat_result:
-        with self._mount.reading() as view:
-            place = namei.existing(view, path, follow=follow)
-            if place.number == PHANTOM:
-                now = inodes.load(view, place.parent_subvolume, place.parent)
-                fields = (stat.S_IFDIR | 0o555, 2, now.uid, now.gid, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, b"")
-                return Inode(place.subvolume, PHANTOM, fields).status(self._device)
-            return inodes.load(view, place.subvolume, place.number).status(self._device)
-
-    def exists(self, path: str) -> bool:
-        """Return whether `path` leads to anything."""
-        try:
-            with self._mount.reading() as view:
-                return namei.walk(view, path).exists
-        except OSError as error:
-            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG):
-                return False
-            raise
-
-    def scandir(self, path: str = "/") -> list[DirEntry]:
-        """Return a directory's entries by name."""
-        with self._mount.reading() as view:
-            directory = namei.directory_at(view, path)
-            found = directories.entries(view, directory) if directory is not None else []
-        return sorted((DirEntry(os.fsdecode(e.name), e.target, KIND_NAMES[e.kind]) for e in found), key=lambda e: e.name)
-
-    def listdir(self, path: str = "/") -> list[str]:
-        """Return the sorted names in a directory."""
-        with self._mount.reading() as view:
-            directory = namei.directory_at(view, path)
-            found = directories.entries(view, directory) if directory is not None else []
-        return sorted(os.fsdecode(entry.name) for entry in found)
-
-    def walk(self, path: str = "/") -> Iterator[tuple[str, list[str], list[str]]]:
-        """Yield (directory, names of directories in it, other names) top down, as os.walk; the lists may be pruned."""
-        folders: list[str] = []
-        files: list[str] = []
-        for entry in self.scandir(path):
-            (folders if entry.kind in ("dir", "subvolume") else files).append(entry.name)
-        yield path, folders, files
-        for name in folders:
-            yield from self.walk(join(path, name))
-
-    def mkdir(self, path: str, mode: int = 0o755, *, parents: bool = False, exist_ok: bool = False) -> None:
-        """Make a directory. `parents`: those that are missing, too. `exist_ok`: it may be there already."""
-
-        def work(tx: Tx) -> None:
-            names = namei.split(path)
-            for depth in range(1 if parents else len(names), len(names) + 1):
-                here = "/" + os.fsdecode(b"/".join(names[:depth]))
-                place = namei.walk(tx, here, follow=depth < len(names))
-                if place.exists:
-                    is_directory = place.kind in (DIRECTORY, SUBVOLUME)
-                    if not is_directory and depth < len(names):
-                        raise posix(errno.ENOTDIR, here)
-                    if not is_directory or (depth == len(names) and not exist_ok):
-                        raise posix(errno.EEXIST, path)
-                    continue
-                namei.writable_parent(place)
-                new = inodes.make(tx, place.parent_subvolume, stat.S_IFDIR | (mode & 0o7777), parent=place.parent)
-                new.links = 2
-                inodes.save(tx, new)
-                directories.insert(tx, namei.parent_of(tx, place), place.name, new.number, DIRECTORY)
-            if not names and not exist_ok:
-                raise posix(errno.EEXIST, path)
-
-        self._mount.run(work)
-
-    def rmdir(self, path: str) -> None:
-        """Remove an empty directory."""
-
-        def work(tx: Tx) -> None:
-            place = namei.existing(tx, path, follow=False)
-            if place.kind not in (DIRECTORY, SUBVOLUME):
-                raise posix(errno.ENOTDIR, path)
-            self._remove_directory(tx, place)
-
-        self._mount.run(work, reserve=True)
-
-    @staticmethod
-    def _remove_directory(tx: Tx, place: Place) -> None:
-        if not place.name:
-            raise posix(errno.EBUSY, place.path, "the top of the pool")
-        namei.writable_parent(place)
-        if place.number != PHANTOM:
-            if inodes.load(tx, place.subvolume, place.number).size:
-                raise posix(errno.ENOTEMPTY, place.path)
-            if place.kind == SUBVOLUME:
-                sharing.delete_subvolume(tx, place)
-                return
-            inodes.remove(tx, inodes.change(tx, place.subvolume, place.number))
-        directories.remove(tx, namei.parent_of(tx, place), place.name)
-
-    def unlink(self, path: str) -> None:
-        """Remove a name of a file or symbolic link; the last one takes the content. Mappings of it stay valid."""
-
-        def work(tx: Tx) -> None:
-            place = namei.existing(tx, path, follow=False)
-            if place.kind in (DIRECTORY, SUBVOLUME):
-                raise posix(errno.EISDIR, path)
-            self._unlink(tx, place)
-
-        self._mount.run(work, reserve=True)
-
-    @staticmethod
-    def _unlink(tx: Tx, place: Place) -> None:
-        namei.writable_parent(place)
-        directories.remove(tx, namei.parent_of(tx, place), place.name)
-        drop_link(tx, place.subvolume, place.number)
-
-    def rmtree(self, path: str, *, progress: Progress | None = None) -> None:
-        """Remove a directory with all that is in it; a subvolume at once. Others may see it half removed."""
-        with self._mount.reading() as view:
-            place = namei.existing(view, path, follow=False)
-        if place.kind == SUBVOLUME and place.number != PHANTOM:
-            for inner in [s.path for s in self.list_subvolumes() if s.path.startswith(path.rstrip("/") + "/")][::-1]:
-                self.delete_subvolume(inner)
-            self.delete_subvolume(path)
-            return
-        if place.kind not in (DIRECTORY, SUBVOLUME):
-            raise posix(errno.ENOTDIR, path)
-        nested = {one.path for one in self.list_subvolumes()}
-        done = 0
-        for folder, _, files in list(self.walk(path))[::-1]:
-            for at in range(0, len(files), _REMOVE_BATCH):
-                batch = files[at : at + _REMOVE_BATCH]
-                self._mount.run(functools.partial(self._unlink_all, folder=folder, names=batch), reserve=True)
-                done += len(batch)
-                if progress:
-                    progress(done, done, "files")
-            if folder in nested:
-                self.delete_subvolume(folder)
-            elif folder != "/":
-                self.rmdir(folder)
-
-    def _unlink_all(self, tx: Tx, folder: str, names: list[str]) -> None:
-        for name in names:
-            self._unlink(tx, namei.existing(tx, join(folder, name), follow=False))
-
-    def rename(self, src: str, dst: str) -> None:
-        """Rename, replacing a file or an empty directory at `dst`, atomically. EXDEV between subvolumes."""
-
-        def work(tx: Tx) -> None:
-            source = namei.existing(tx, src, follow=False)
-            target = namei.walk(tx, dst, follow=False)
-            self._check_rename(tx, source, target)
-            if source.parent == target.parent and source.name == target.name:
-                return
-            if target.exists:
-                if (target.subvolume, target.number) == (source.subvolume, source.number):
-                    return  # two names of one file: rename(2) does nothing
-                if target.kind in (DIRECTORY, SUBVOLUME):
-                    self._remove_directory(tx, target)
-                else:
-                    self._unlink(tx, target)
-            moved = directories.remove(tx, namei.parent_of(tx, source), source.name)
-            directories.insert(tx, namei.parent_of(tx, target), target.name, moved.target, moved.kind)
-            if source.kind == SUBVOLUME:
-                home = tx.subvolume(moved.target)
-                if home is not None and source.number != PHANTOM:
-                    tx.change(home).directory = target.parent
-                return
-            inode = inodes.change(tx, source.subvolume, source.number)
-            inode.changed = time.time_ns()
-            if inode.is_directory:
-                inode.parent = target.parent
-            inodes.save(tx, inode)
-
-        self._mount.run(work)
-
-    @staticmethod
-    def _check_rename(tx: Tx, source: Place, target: Place) -> None:
-        for place in (source, target):
-            if not place.name:
-                raise posix(errno.EBUSY, place.path, "the top of the pool")
-            namei.writable_parent(place)
-        if source.parent_subvolume != target.parent_subvolume:
-            raise CrossSubvolume("rename stays within one subvolume; clone, then remove", path=target.path)
-        source_is_directory = source.kind in (DIRECTORY, SUBVOLUME)
-        if target.exists and source_is_directory != (target.kind in (DIRECTORY, SUBVOLUME)):
-            raise posix(errno.ENOTDIR if source_is_directory else errno.EISDIR, target.path)
-        if source_is_directory:
-            above = target.parent
-            while True:
-                if source.kind == DIRECTORY and above == source.number:
-                    raise invalid("a directory can't become part of itself", target.path)
-                if above == ROOT_INODE:
-                    break
-                above = inodes.load(tx, target.parent_subvolume, above).parent
-
-    def link(self, src: str, dst: str) -> None:
-        """Give the file at `src` a second name. EXDEV between subvolumes, EPERM for a directory."""
-
-        def work(tx: Tx) -> None:
-            source = namei.existing(tx, src, follow=False)
-            if source.kind in (DIRECTORY, SUBVOLUME):
-                raise posix(errno.EPERM, src, "a directory has one name")
-            place = namei.new_name(tx, dst)
-            if source.subvolume != place.parent_subvolume:
-                raise CrossSubvolume("a hard link stays within one subvolume; clone instead", path=dst)
-            inode = inodes.change(tx, source.subvolume, source.number)
-            inode.links += 1
-            inode.changed = time.time_ns()
-            inodes.save(tx, inode)
-            directories.insert(tx, namei.parent_of(tx, place), place.name, inode.number, source.kind)
-
-        self._mount.run(work)
-
-    def symlink(self, target: str, path: str) -> None:
-        """Make a symbolic link at `path` to `target`, which need not exist."""
-        raw = os.fsencode(target)
-        if not raw or b"\0" in raw:
-            raise invalid("a symbolic link needs a target without zero bytes", path)
-        if len(raw) > namei.PATH_MAX:
-            raise posix(errno.ENAMETOOLONG, path)
-
-        def work(tx: Tx) -> None:
-            place = namei.new_name(tx, path)
-            inode = inodes.make(tx, place.parent_subvolume, stat.S_IFLNK | 0o777)
-            content.write(tx, inode, 0, memoryview(raw))
-            directories.insert(tx, namei.parent_of(tx, place), place.name, inode.number, SYMLINK)
-
-        self._mount.run(work)
-
-    def readlink(self, path: str) -> str:
-        """Return a symbolic link's target; EINVAL for anything else."""
-        with self._mount.reading() as view:
-            place = namei.existing(view, path, follow=False)
-            if place.kind != SYMLINK:
-                raise invalid("not a symbolic link", path)
-            return os.fsdecode(content.read(view, inodes.load(view, place.subvolume, place.number), 0, None))
-
-    # --------------------------------------------------------- attributes
-
-    def chmod(self, path: str, mode: int) -> None:
-        """Set the permission bits. The pool itself does not check them: who may open the pool file may do everything."""
-        self._set(path, lambda inode: setattr(inode, "mode", stat.S_IFMT(inode.mode) | (mode & 0o7777)))
-
-    def chown(self, path: str, uid: int, gid: int) -> None:
-        """Set owner and group; -1 leaves one as it is."""
-
-        def work(inode: Inode) -> None:
-            inode.uid, inode.gid = inode.uid if uid == -1 else uid, inode.gid if gid == -1 else gid
-
-        self._set(path, work)
-
-    def utime(self, path: str, ns: tuple[int, int] | None = None) -> None:
-        """Set access and modification time in nanoseconds; None: now."""
-        accessed, modified = ns if ns is not None else (time.time_ns(),) * 2
-
-        def work(inode: Inode) -> None:
-            inode.accessed, inode.modified = accessed, modified
-
-        self._set(path, work)
-
-    def _set(self, path: str, work: Callable[[Inode], None], *, follow: bool = True) -> None:
-        def change(tx: Tx) -> None:
-            inode = self._change(tx, path, follow=follow)
-            work(inode)
-            inode.changed = time.time_ns()
-            inodes.save(tx, inode)
-
-        self._mount.run(change)
-
-    @staticmethod
-    def _change(tx: Tx, path: str, *, follow: bool = True) -> Inode:
-        place = namei.existing(tx, path, follow=follow)
-        if place.number == PHANTOM:
-            raise posix(errno.EPERM, path, "an empty directory standing for a subvolume of the origin")
-        return inodes.change(tx, place.subvolume, place.number)
-
-    def setxattr(self, path: str, name: str, value: bytes) -> None:
-        """Set an extended attribute of up to 64 KiB."""
-        self._mount.run(lambda tx: attributes.change(tx, self._change(tx, path), name, bytes(value)))
-
-    def removexattr(self, path: str, name: str) -> None:
-        """Remove an extended attribute; ENODATA when there is none."""
-        self._mount.run(lambda tx: attributes.change(tx, self._change(tx, path), name, None), reserve=True)
-
-    def getxattr(self, path: str, name: str) -> bytes:
-        """Return an extended attribute; ENODATA when there is none."""
-        found = self._attributes(path)
-        if name not in found:
-            raise posix(errno.ENODATA, path)
-        return found[name]
-
-    def listxattr(self, path: str) -> list[str]:
-        """Return the names of the extended attributes."""
-        return sorted(self._attributes(path))
-
-    def _attributes(self, path: str) -> dict[str, bytes]:
-        with self._mount.reading() as view:
-            place = namei.existing(view, path)
-            if place.number == PHANTOM:
-                return {}
-            return attributes.load(view, inodes.load(view, place.subvolume, place.number))
 
     # ------------------------------------------------------------ content
 
@@ -604,34 +271,6 @@ class FileSystem:
             lambda tx: sharing.snapshot(tx, namei.existing(tx, src), namei.new_name(tx, dst, directory=True)) and None
         )
 
-    def delete_subvolume(self, path: str) -> None:
-        """Delete a subvolume with all that is in it; EBUSY while another one lies in it."""
-        self._mount.run(lambda tx: sharing.delete_subvolume(tx, namei.existing(tx, path, follow=False)), reserve=True)
-
-    def list_subvolumes(self) -> list[SubvolumeInfo]:
-        """Return the pool's subvolumes by path, the top ("/") included."""
-        with self._mount.reading() as view:
-            found = [one for number, _ in ROOTS.items(view.words, view.roots) if (one := view.subvolume(number))]
-            by_number = {one.id: one for one in found}
-
-            def path_of(number: int) -> str:
-                one = by_number[number]
-                if number == TOP:
-                    return "/"
-                names: list[str] = []
-                child, above, kind = number, one.directory, SUBVOLUME
-                while True:
-                    directory = inodes.load(view, one.parent, above)
-                    names += [
-                        os.fsdecode(e.name) for e in directories.entries(view, directory) if (e.target, e.kind) == (child, kind)
-                    ]
-                    if above == ROOT_INODE:
-                        return join(path_of(one.parent), *names[::-1])
-                    child, above, kind = above, directory.parent, DIRECTORY
-
-            result = [SubvolumeInfo(one.id, path_of(one.id), one.parent, one.origin, one.inodes, one.created) for one in found]
-        return sorted(result, key=lambda one: one.path)
-
     # ------------------------------------------------------------- seeing
 
     def extents(self, path: str) -> "list[Extent]":
@@ -702,19 +341,3 @@ class FileSystem:
         from onecopy.fs import arrays
 
         return arrays.array(self, path, mode, dtype=dtype, shape=shape, offset=offset, order=order)
-
-
-def join(path: str, *names: str) -> str:
-    """Return the path of names below `path`."""
-    return "/".join([path.rstrip("/"), *names])
-
-
-def drop_link(tx: Tx, subvolume: int, number: int) -> None:
-    """Take one name from an inode; without any it goes, with its content."""
-    inode = inodes.change(tx, subvolume, number)
-    inode.links -= 1
-    if inode.links:
-        inode.changed = time.time_ns()
-        inodes.save(tx, inode)
-    else:
-        inodes.remove(tx, inode)

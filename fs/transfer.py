@@ -15,11 +15,12 @@ from onecopy.daxemu.errors import SpecialFile, invalid, posix
 from onecopy.daxemu.units import PAGE
 from onecopy.fs import content, extents, namei
 from onecopy.fs import inode as inodes
-from onecopy.fs.filesystem import FileSystem, join
+from onecopy.fs.filesystem import FileSystem
+from onecopy.fs.names import join
 
 if TYPE_CHECKING:
-    from onecopy.fs.filesystem import Progress
     from onecopy.fs.inode import Inode
+    from onecopy.fs.names import Progress
     from onecopy.fs.tx import Tx
 
 _PIECE = 1 << 20  # bytes moved at once

@@ -32,8 +32,9 @@ from onecopy.daxemu.units import PAGE, format_size, parse_size
 from onecopy.fs import fork as _fork  # registers itself
 from onecopy.fs.check import CheckReport, Finding
 from onecopy.fs.dedupe import DedupeFile, DedupeReport
-from onecopy.fs.filesystem import DirEntry, FileSystem, PoolInfo, SubvolumeInfo
+from onecopy.fs.filesystem import FileSystem, PoolInfo
 from onecopy.fs.lifecycle import check, format, open, remove
+from onecopy.fs.names import DirEntry, SubvolumeInfo
 from onecopy.fs.usage import Extent, Usage
 
 __version__ = _version("onecopy")
