@@ -19,14 +19,18 @@ from onecopy.daxemu.steps import reach
 from onecopy.daxemu.units import HUGE, WORDS
 
 # State bits. A free frame is 0, or BACKED when it still has storage of the host.
-USED = 1  # has an owner, or waits in limbo for the last one that could reach it
-FRESH = 2  # the durable root does not name it
-SHARED = 4  # maybe referenced more than once: ask the fragment counts. Clear: surely not
-LIMBO = 8  # freed, but the durable root still names it or a mapping pins it
-PINNED = 16  # maybe mapped by somebody: ask the pin lists. Clear: surely not
-NODE = 32  # a tree node
-DIRTY = 64  # content changed since the last durable commit
-BACKED = 128  # free, with storage
+USED, FRESH, SHARED, LIMBO, PINNED, NODE, DIRTY, BACKED = 1, 2, 4, 8, 16, 32, 64, 128
+
+STATES = {  # for FORMAT.md
+    "USED": "has an owner, or waits in limbo for the last one that could reach it",
+    "FRESH": "the durable root does not name it",
+    "SHARED": "maybe referenced more than once: ask the fragment counts; clear: surely not",
+    "LIMBO": "freed, but the durable root names it or a mapping pins it",
+    "PINNED": "maybe mapped by somebody: ask the pin lists; clear: surely not",
+    "NODE": "a tree node",
+    "DIRTY": "content changed since the last durable commit",
+    "BACKED": "free, with storage of the host",
+}
 
 Run = tuple[int, int]  # (first PFN, pages)
 

@@ -71,12 +71,18 @@ class RankedLock:
         try:
             if self._depth == 0:
                 if ranked and ranks and ranks[-1] >= self._rank:
-                    raise InvariantError("lock order", f"{self.name} wanted while holding {RANKS[ranks[-1]][0]}")
+                    held = RANKS[ranks[-1]][0]
+                    ranks = []  # not ours to take back
+                    raise InvariantError("lock order", f"{self.name} wanted while holding {held}")
                 _FLOCK.lock(self.fd, LockFlags.EXCLUSIVE)
                 ranks.append(self._rank)
             self._depth += 1
             self._holder = threading.get_ident()
         except BaseException:
+            if self._depth == 0:  # also when an interrupt came between locking and noting it
+                _FLOCK.unlock(self.fd)
+                if ranks and ranks[-1] == self._rank:
+                    ranks.pop()
             self._threads.release()
             raise
 

@@ -6,6 +6,7 @@ was made: its frames are pinned (S5), and nobody stores into a pinned frame.
 """
 
 import errno
+import sys
 from collections.abc import Callable, Sequence
 from types import TracebackType
 
@@ -94,7 +95,8 @@ class Mapping(Region):
         self.close()
 
     def __del__(self) -> None:
-        self.close()
+        if self._on_close is not None and not sys.is_finalizing():
+            self.close()
 
     def __reduce__(self) -> tuple[object, ...]:
         raise TypeError("a mapping belongs to its process; map the file again in the other one")

@@ -1,6 +1,6 @@
 """Writes FORMAT.md and CONCURRENCY.md from the tables in the code; a test fails when the files say something else.
 
-    python -m onecopy.fs.document
+python -m onecopy.fs.document
 """
 
 import sys
@@ -11,17 +11,6 @@ from onecopy.daxemu import locks, runtime, steps
 from onecopy.fs.btree import TREES
 from onecopy.fs.check import CODES
 from onecopy.fs.format import FANOUT, LIVE_ROOT, RECORDS
-
-_STATES = (
-    ("USED", "has an owner, or waits in limbo for the last one that could reach it"),
-    ("FRESH", "the durable root does not name it"),
-    ("SHARED", "maybe referenced more than once (a hint: clear means surely not)"),
-    ("LIMBO", "freed, but the durable root names it or a mapping pins it"),
-    ("PINNED", "maybe mapped (a hint: clear means surely not)"),
-    ("NODE", "a tree node"),
-    ("DIRTY", "changed since the last durable commit"),
-    ("BACKED", "free, with storage of the host"),
-)
 
 
 def format_document() -> str:
@@ -50,7 +39,7 @@ def format_document() -> str:
     lines += ["## The run-time file", "", "Volatile; rebuilt from the pool when it is missing.", ""]
     lines += [record.markdown() for record in (runtime.HEADER, runtime.STATE, runtime.SLOT, LIVE_ROOT)]
     lines += ["### frame table (1 byte a frame)", "", "| bit | state | meaning |", "| --- | --- | --- |"]
-    lines += [f"| {getattr(frames, name)} | {name} | {meaning} |" for name, meaning in _STATES]
+    lines += [f"| {getattr(frames, name)} | {name} | {meaning} |" for name, meaning in frames.STATES.items()]
     lines += ["", "## Findings of the check", "", "| code | means |", "| --- | --- |"]
     lines += [f"| {code} | {meaning} |" for code, meaning in CODES.items()]
     return "\n".join(lines) + "\n"

@@ -3,6 +3,8 @@
 import errno
 import os
 import stat
+import sys
+import warnings
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -87,6 +89,12 @@ class FileSystem(Names):
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+    def __del__(self) -> None:
+        mount: Mount | None = getattr(self, "_mount", None)
+        if mount is not None and not mount.closed and not sys.is_finalizing():
+            warnings.warn(f"unclosed pool {self.path}", ResourceWarning, stacklevel=2, source=self)
+            mount.abandon()
 
     def __repr__(self) -> str:
         return f"<onecopy.FileSystem {self.path!r} {'closed' if self.closed else self.mode}>"

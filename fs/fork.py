@@ -25,7 +25,10 @@ def _before() -> None:
         lock.acquire(ranked=False)
         _prepared.append((lock, mounts))
         for mount in mounts:
-            mount.prepare_child()
+            try:
+                mount.prepare_child()
+            except OSError:
+                pass  # no slot is left: the child's handle is closed
 
 
 def _after_in_parent() -> None:

@@ -6,7 +6,7 @@ import os
 from onecopy.daxemu import pool as pools
 from onecopy.daxemu import runtime, slots
 from onecopy.daxemu.errors import NotAPool, OneCopyError, PoolBusy
-from onecopy.daxemu.locks import open_private, try_mount
+from onecopy.daxemu.locks import RankedLock, open_private, try_mount
 from onecopy.daxemu.pool import Pool
 from onecopy.daxemu.units import parse_size
 from onecopy.fs.check import CheckReport, check_pool
@@ -38,7 +38,19 @@ def open(path: str | os.PathLike[str], mode: str = "r+") -> FileSystem:
 
 def check(path: str | os.PathLike[str]) -> CheckReport:
     """Check the durable state of a pool, in use or not, also when it is too damaged to be opened."""
-    return check_pool(os.fspath(path))
+    path = os.fspath(path)
+    pool = Pool(path, writable=False)
+    lock_path = runtime.runtime_paths(pool)[1]
+    pool.close()
+    try:
+        fd = open_private(lock_path, os.O_RDWR)
+    except (FileNotFoundError, PermissionError):
+        return check_pool(path)  # nobody uses it, or nobody we could ask to wait
+    try:
+        with RankedLock("transaction", fd):  # what the durable root names is not handed out again meanwhile
+            return check_pool(path)
+    finally:
+        os.close(fd)
 
 
 def remove(path: str | os.PathLike[str]) -> None:

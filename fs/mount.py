@@ -341,6 +341,8 @@ class Mount:
         if self.child_slot is not None:
             self.slot, self.child_slot = self.child_slot, None
             self.slot.adopt()
+        else:
+            self.closed = True
         for fd in (pool_fd, lock_fd, slot_fd):
             os.close(fd)
         self.pid = os.getpid()
@@ -360,6 +362,18 @@ class Mount:
                     self._unpin()
                 elif not self.mappings:
                     self._detach()
+
+    def abandon(self) -> None:
+        """Let go without a sync, for a handle that was forgotten; never waits."""
+        if not self.closed and self.lock.try_idle():
+            try:
+                self.closed = True
+                if self._dropped:
+                    self._unpin()
+                elif not self.mappings:
+                    self._detach()
+            finally:
+                self.lock.release()
 
     def _detach(self) -> None:
         if self.slot.fd >= 0:
