@@ -78,8 +78,12 @@ def merge(extents: list[Extent]) -> list[Extent]:
 
 def own(tx: Tx, inode: Inode, low: int, high: int) -> None:
     """Make the nodes over pages [low, high) the transaction's own where any is shared: counts below are exact then."""
-    if inode.root and _path_shared(tx, inode.root, low, high):
-        inode.root = EXTENTS.own_path(tx, inode.root, low, high)
+    if inode.root:
+        before = EXTENTS.floor(tx.words, inode.root, low)
+        if before is not None:
+            low = before[0]  # an extent may reach over pages that its right neighbour in the tree is looked up for
+        if _path_shared(tx, inode.root, low, high):
+            inode.root = EXTENTS.own_path(tx, inode.root, low, high)
 
 
 def _path_shared(view: View, root: int, low: int, high: int) -> bool:

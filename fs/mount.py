@@ -5,6 +5,7 @@ sync, when space ran out. Whoever gets the lock first finishes or undoes what a 
 """
 
 import errno
+import itertools
 import os
 import weakref
 from collections import deque
@@ -16,7 +17,7 @@ import numpy as np
 
 from onecopy.blkcache.frames import DIRTY, FRESH, NODE, USED, Frames, Run
 from onecopy.blkcache.limbo import INTENT_RECLAIM, Limbo
-from onecopy.blkcache.pins import INTENT_PINS, Pins
+from onecopy.blkcache.pins import Pins
 from onecopy.daxemu import slots
 from onecopy.daxemu.errors import NoSpace, OneCopyError, ReadOnly, RuntimeLost, posix
 from onecopy.daxemu.locks import RankedLock, reopen, try_mount
@@ -113,7 +114,9 @@ class Mount:
             self.runtime.close()
             raise
         self.view = View(self.runtime, self.pool, self.runtime.atomic.load(_LIVE))
-        self.mappings: dict[int, list[Run]] = {}  # id of a mapping -> the runs it pins
+        # Of each mapping, the runs it pins. Keys are never used again: one may still be waiting in `_dropped`.
+        self.mappings: dict[int, list[Run]] = {}
+        self._keys = itertools.count()
         self._dropped: deque[int] = deque()
         self.child_slot: Slot | None = None
 
@@ -210,8 +213,6 @@ class Mount:
             if self.pool.writable:
                 self._sync()
                 self.frames.recount()
-        elif intent == INTENT_PINS:
-            self.pins.reap()
         if words[_TAKEN] > words[_LIVE]:
             self.frames.undo()
 
@@ -279,7 +280,7 @@ class Mount:
             found = extents.written(extents.load(view, inode, 0, -(-inode.size // 4096)))
             runs = [(page, pfn, pages) for page, pfn, pages, _ in extents.clip(found, 0, -(-inode.size // 4096))]
             mapping = Mapping(inode.size, runs, path)
-            key = id(mapping)
+            key = next(self._keys)
             self.mappings[key] = [(pfn, pages) for _, pfn, pages in mapping.runs]
             try:
                 self._write_pins()

@@ -143,8 +143,9 @@ class Tx(View):
             tree.enter(words, pfn)
         mine = self.frames.take_node()
         copy = mine << 9
-        words[copy : copy + 512] = words[base : base + 512]
-        words[copy + 1], words[copy + 2] = mine, self.generation
+        # All but the generation, which `take_node` has set: a death must at no point leave another one there.
+        words[copy], words[copy + 1] = words[base], mine
+        words[copy + 3 : copy + 512] = words[base + 3 : base + 512]
         reach("node copied")
         if shared:
             counts.add(self, pfn, 1, -1)

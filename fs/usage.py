@@ -11,7 +11,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from onecopy.blkcache.frames import SHARED
+from onecopy.blkcache.frames import SHARED, Run
 from onecopy.daxemu.units import PAGE, pages_of
 from onecopy.fs import counts, extents, namei
 from onecopy.fs import directory as directories
@@ -86,12 +86,10 @@ class References:
                         self.places[child] += times
                     rounds.setdefault((key[0], key[1] + 1), set()).update(children)
                 elif tree is EXTENTS:
-                    for first, pages in counts.leaf_runs(view, base):
-                        self.places[first : first + pages] += times
+                    _add(self.places, counts.leaf_runs(view, base), times)
                 else:
                     for root, runs in self._below(tree, base):
-                        for first, pages in runs:
-                            self.places[first : first + pages] += times
+                        _add(self.places, runs, times)
                         if root:
                             self.places[root] += times
                             rounds.setdefault((key[0] + 1, -self._level(root)), set()).add(root)
@@ -99,7 +97,7 @@ class References:
     def _level(self, pfn: int) -> int:
         return self.view.words[pfn << 9] >> 16 & 0xFF
 
-    def _below(self, tree: Tree, base: int) -> list[tuple[int, list[tuple[int, int]]]]:
+    def _below(self, tree: Tree, base: int) -> list[tuple[int, list[Run]]]:
         view = self.view
         if tree is ROOTS:
             return [(view.words[offset >> 3], []) for _, offset in tree.leaf_items(view.words, base)]
@@ -108,6 +106,17 @@ class References:
             if not stat.S_ISDIR(INODE.unpack_from(view.bytes, offset)[0]):
                 found.append(counts.inode_references(view, offset))
         return found
+
+
+def _add(places: npt.NDArray[np.int64], runs: list[Run], times: int) -> None:
+    """Add `times` to the places of every frame of `runs`, which may repeat."""
+    singles = [pfn for pfn, pages in runs if pages == 1]
+    if singles:
+        np.add.at(places, singles, times)
+    if len(singles) < len(runs):
+        for pfn, pages in runs:
+            if pages > 1:
+                places[pfn : pfn + pages] += times
 
 
 def file_extents(view: View, inode: Inode) -> list[Extent]:
@@ -122,8 +131,8 @@ def file_extents(view: View, inode: Inode) -> list[Extent]:
             found.append(Extent(first, 0, last - first, 0, "hole"))
     for page, pfn, pages, flags in have:
         state = "unwritten" if flags & UNWRITTEN else "data"
-        if places is None:
-            found.append(Extent(page, pfn, pages, 1, state))
+        if places is None or pages == 1:
+            found.append(Extent(page, pfn, pages, 1 if places is None else int(places[pfn]), state))
             continue
         run = places[pfn : pfn + pages]
         cuts = [0, *(np.flatnonzero(np.diff(run)) + 1).tolist(), pages]
@@ -179,8 +188,7 @@ def measure(view: View, path: str) -> Usage:
         if (subvolume, number) not in hidden:
             files += 1
             logical += inode.size
-        for _, pfn, pages, _ in extents.load(view, inode):
-            inside[pfn : pfn + pages] += 1
+        _add(inside, [(pfn, pages) for _, pfn, pages, _ in extents.load(view, inode)], 1)
     reached = inside > 0
     everywhere = References(view).places
     unique = int(np.count_nonzero(reached & (inside >= everywhere)))
