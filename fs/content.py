@@ -123,9 +123,8 @@ def _store(tx: Tx, inode: Inode, offset: int, data: memoryview) -> None:
             _fill(tx, (page, pfn, pages, 0), (b"", b""), offset, data)
             extents.replace(tx, inode, page, page + pages, [(page, pfn, pages, 0)], keep=True)
         else:
-            tx.dirty(pfn, pages)
             start, stop = max(first, offset), min(last, end)
-            tx.store(pfn, data[start - offset : stop - offset], start - first)
+            tx.store_in_place(pfn, data[start - offset : stop - offset], start - first)
         missing += [page, page + pages]
     missing.append(high)
     for first, last in zip(missing[::2], missing[1::2], strict=True):

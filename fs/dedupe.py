@@ -1,7 +1,7 @@
 """Dedupe of what exists: find pages with equal bytes, report exactly what sharing frees, share them.
 
 Pages are found by a 64-bit multilinear hash (numpy's matrix product: 0.3 us a page) and believed only after
-a byte compare; sharing goes through `dedupe_range`, which compares again, under the lock, at that moment.
+a byte compare; sharing goes through `sharing.share_pages`, which compares again, under the lock, at that moment.
 """
 
 import functools

@@ -62,8 +62,9 @@ class PoolInfo:
 class FileSystem(Names):
     """An open pool. Thread-safe; a context manager; a forked child may go on using it.
 
-    Paths are absolute within the pool. Offsets and lengths are bytes. Every call is atomic for other processes and
-    returns with nothing changed when it raises. Errors are OSErrors with the kernel's errno.
+    Paths are absolute within the pool. Offsets and lengths are bytes. A call that changes something happens for others at
+    one moment, and not at all when it raises; only bytes stored over a file's own, unmapped pages may be seen coming by a
+    reader, as in any file system. `put`, `rmtree` and `dedupe` are many such calls. Errors are OSErrors with the kernel's errno.
     """
 
     def __init__(self, path: str | os.PathLike[str], mode: str = "r+") -> None:

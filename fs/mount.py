@@ -209,10 +209,9 @@ class Mount:
         if intent == INTENT_RECLAIM:
             self.limbo.finish()
             self.frames.recount()
-        elif intent == INTENT_SYNC:
-            if self.pool.writable:
-                self._sync()
-                self.frames.recount()
+        elif intent == INTENT_SYNC and self.pool.writable:
+            self._sync()
+            self.frames.recount()
         if words[_TAKEN] > words[_LIVE]:
             self.frames.undo()
 

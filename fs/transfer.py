@@ -185,10 +185,10 @@ def _fill(fs: FileSystem, fd: int, status: os.stat_result, path: str, meter: _Me
 
 
 def _copy_in(tx: "Tx", inode: "Inode", fd: int, first: int, last: int) -> None:
-    buffer = bytearray(min(_PIECE, last - first))
     at = first
     while at < last:
-        count = os.preadv(fd, [memoryview(buffer)[: last - at]], at)
+        buffer = bytearray(min(_PIECE, last - at))  # a new one each time: the transaction may keep it until it commits
+        count = os.preadv(fd, [buffer], at)
         if not count:
             return  # the host file shrank meanwhile
         content.write(tx, inode, at, memoryview(buffer)[:count])

@@ -13,6 +13,7 @@ from onecopy.blkcache.limbo import Limbo
 from onecopy.daxemu.pool import Pool
 from onecopy.daxemu.runtime import Runtime, W
 from onecopy.daxemu.steps import reach
+from onecopy.daxemu.units import pages_of
 from onecopy.fs import counts
 from onecopy.fs.btree import ROOTS, Tree
 from onecopy.fs.format import LIVE_ROOT, SUBVOLUME
@@ -111,6 +112,7 @@ class Tx(View):
         self.freed: list[Run] = []
         self.unshared: list[Run] = []  # runs whose SHARED hint may be cleared once this is published
         self._changed: set[int] = set()
+        self.in_place: list[tuple[int, memoryview, int]] = []
         self.inode_moves = 0  # changes when an inode's record may have moved within its tree
         self._reserve = reserve
         frames.begin(self.generation, reserve=reserve)
@@ -165,9 +167,12 @@ class Tx(View):
         self.pool.store((pfn << 12) + offset, data)
         reach("data stored")
 
-    def dirty(self, pfn: int, pages: int) -> None:
-        """Note that frames which the durable root may name are about to change in place."""
-        self.array[pfn : pfn + pages] |= np.uint8(DIRTY)
+    def store_in_place(self, pfn: int, data: memoryview, offset: int) -> None:
+        """Store into frames that others can read already, from `offset` bytes into the first: as `commit`'s last act.
+
+        Only then can nothing fail any more, and a failure before leaves every byte as it was. `data` must stay as it is.
+        """
+        self.in_place.append((pfn, data, offset))
 
     # -------------------------------------------------------- subvolumes
 
@@ -203,6 +208,9 @@ class Tx(View):
         self.limbo_tail = self.limbo.append(self.freed, self.limbo_tail, self.generation)
         self.frames.settle_room(reserve=self._reserve)
         reach("limbo appended")
+        for pfn, data, offset in self.in_place:
+            self.array[pfn : pfn + pages_of(offset + len(data))] |= np.uint8(DIRTY)
+            self.store(pfn, data, offset)
         # The slot of our parity holds the generation before our view's: no reader that will succeed is using it, since
         # `announce` and the reader's own check see that live_generation has moved past it.
         fields = (self.roots, self.counts, self.next_subvolume, self.limbo_tail, b"")
