@@ -8,6 +8,7 @@ kernel releases it when its holder dies. flock has no deadlock detection; the or
 Non-blocking attempts are exempt: who doesn't wait can't wait in a circle. CONCURRENCY.md's table is made from `RANKS`.
 """
 
+import errno
 import fcntl
 import os
 import threading
@@ -18,7 +19,7 @@ from typing import IO
 from portalocker import AlreadyLocked, LockFlags
 from portalocker.portalocker import BaseLocker
 
-from onecopy.daxemu.errors import InvariantError
+from onecopy.daxemu.errors import InvariantError, posix
 
 # (name, the file it is on, what it protects, how it is held)
 RANKS = (
@@ -67,6 +68,7 @@ class RankedLock:
         `ranked=False` skips the check, for who has an order of its own among locks of one rank (fork).
         """
         ranks: list[int] = _held.__dict__.setdefault("ranks", [])
+        here = threading.get_ident()
         self._threads.acquire()
         try:
             if self._depth == 0:
@@ -74,16 +76,14 @@ class RankedLock:
                     held = RANKS[ranks[-1]][0]
                     ranks = []  # not ours to take back
                     raise InvariantError("lock order", f"{self.name} wanted while holding {held}")
+                if self.fd < 0:
+                    raise posix(errno.EBADF, detail="closed while this thread waited")
                 _FLOCK.lock(self.fd, LockFlags.EXCLUSIVE)
                 ranks.append(self._rank)
-            self._depth += 1
-            self._holder = threading.get_ident()
+                self._holder = here
+            self._depth += 1  # last: no interrupt can come between this and our return
         except BaseException:
-            if self._depth == 0:  # also when an interrupt came between locking and noting it
-                _FLOCK.unlock(self.fd)
-                if ranks and ranks[-1] == self._rank:
-                    ranks.pop()
-            self._threads.release()
+            self._take_back(ranks)
             raise
 
     def release(self) -> None:
@@ -91,8 +91,10 @@ class RankedLock:
         self._depth -= 1
         try:
             if self._depth == 0:
-                _held.ranks.remove(self._rank)
-                _FLOCK.unlock(self.fd)
+                try:
+                    _held.ranks.remove(self._rank)
+                finally:
+                    fcntl.flock(self.fd, fcntl.LOCK_UN)  # one instruction: an interrupt comes before or after
                 after, self.on_last_release = self.on_last_release, None
                 if after is not None:
                     after()
@@ -101,18 +103,29 @@ class RankedLock:
 
     def try_idle(self) -> bool:
         """Take the lock if that needs no waiting and this thread holds no lock at all; True when taken."""
-        if _held.__dict__.get("ranks") or not self._threads.acquire(blocking=False):
+        ranks: list[int] = _held.__dict__.setdefault("ranks", [])
+        here = threading.get_ident()
+        if ranks or not self._threads.acquire(blocking=False):
             return False
         try:
-            if self._depth == 0:
-                _FLOCK.lock(self.fd, LockFlags.EXCLUSIVE | LockFlags.NON_BLOCKING)
-                _held.__dict__.setdefault("ranks", []).append(self._rank)
-                self._depth, self._holder = 1, threading.get_ident()
-                return True
-        except AlreadyLocked:
-            pass
+            _FLOCK.lock(self.fd, LockFlags.EXCLUSIVE | LockFlags.NON_BLOCKING)
+            ranks.append(self._rank)
+            self._holder = here
+            self._depth = 1
+            return True
+        except BaseException as error:
+            self._take_back(ranks)
+            if isinstance(error, AlreadyLocked):
+                return False
+            raise
+
+    def _take_back(self, ranks: list[int]) -> None:
+        """After an exception, an interrupt too, that came before `_depth` said that we have the lock."""
+        if self._depth == 0 and self.fd >= 0:
+            fcntl.flock(self.fd, fcntl.LOCK_UN)
+            if ranks and ranks[-1] == self._rank:
+                ranks.pop()
         self._threads.release()
-        return False
 
     def __enter__(self) -> "RankedLock":
         self.acquire()

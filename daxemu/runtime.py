@@ -53,7 +53,7 @@ STATE = Record(
     [
         ("live_generation", "u64", "", "generation every process sees; storing it is the commit of a transaction"),
         ("durable_generation", "u64", "", "generation the newest superblock names"),
-        ("intent", "u64", "", "what a dead holder of the lock left half done: 0 nothing, 1 reclaim, 2 sync, 3 pins"),
+        ("intent", "u64", "", "what a dead holder of the lock left half done: 0 nothing, 1 reclaim, 2 sync"),
         ("intent_value", "u64", "", "reclaim: the limbo head it works towards"),
         ("free", "u64", "pages", "frames without an owner; recounted after a recovery"),
         ("data_hint", "u64", "PFN", "where the search for data frames goes on"),
@@ -70,7 +70,8 @@ STATE = Record(
         ("slots_used", "u64", "", "one more than the highest slot ever used"),
         ("limbo_room", "u64", "bytes", "storage of the limbo ring"),
         ("taken_room", "u64", "bytes", "storage of the taken log"),
-        ("unused", "bytes[144]", "", ""),
+        ("stale_hints", "u64", "", "1: SHARED is set for frames that are not shared any more; the next sync clears them"),
+        ("unused", "bytes[136]", "", ""),
         ("live_root_0", "bytes[128]", "", "the live root of even generations: fs owns its fields"),
         ("live_root_1", "bytes[128]", "", "the live root of odd generations"),
     ],
@@ -154,7 +155,9 @@ class Runtime:
             self.words[room] = want
 
     def close(self) -> None:
-        """Unmap and close; drops the slot's lock, which lives on this descriptor."""
+        """Unmap and close; closing twice is nothing."""
+        if self.fd < 0:
+            return
         self.atomic.release()
         del self.table_array
         self.table.release()
@@ -165,6 +168,7 @@ class Runtime:
         except BufferError:
             pass
         os.close(self.fd)
+        self.fd = -1
 
 
 def _create(pool: Pool, path: str, lock_fd: int) -> int:

@@ -80,16 +80,20 @@ class Slot:
         """
         self._room.acquire()
         word = self._free.pop()
-        atomic, live = self.runtime.atomic, _LIVE
         try:
-            while True:
-                generation = atomic.load(live)
-                atomic.store(word, generation)
-                if atomic.load(live) == generation:
-                    return word, generation
+            return word, self.renew(word)
         except BaseException:
             self.retract(word)
             raise
+
+    def renew(self, word: int) -> int:
+        """Announce the generation that is live now in a word that we have; return the generation."""
+        atomic, live = self.runtime.atomic, _LIVE
+        while True:
+            generation = atomic.load(live)
+            atomic.store(word, generation)
+            if atomic.load(live) == generation:
+                return generation
 
     def retract(self, word: int) -> None:
         """End the read that `announce` began."""
@@ -122,8 +126,8 @@ def claim(runtime: Runtime) -> Slot:
             words = runtime.words
             words[_word(runtime, index, "start_time")] = _start_time(pid)
             words[_word(runtime, index, "opened")] = time.time_ns()
-            words[_word(runtime, index, "pid")] = pid
             runtime.set("slots_used", max(runtime.get("slots_used"), index + 1))
+            words[_word(runtime, index, "pid")] = pid
             return Slot(runtime, index, fd)
     except BaseException:
         os.close(fd)

@@ -14,7 +14,6 @@ STEPS = (
     "limbo appended",
     "live root written",
     "published",
-    "flags cleared",
     "reclaim decided",
     "frame released",
     "sync intended",

@@ -76,7 +76,6 @@ def add(tx: "Tx", pfn: int, pages: int, delta: int) -> list[Run]:
             tx.table[pfn] |= SHARED
         else:
             tx.array[pfn:end] |= np.uint8(SHARED)
-        tx.unshared.clear()  # what was let go may be in here: leaving its hint set is always right
     elif not (tx.table[pfn] & SHARED if pages == 1 else (tx.array[pfn:end] & SHARED).any()):
         return [(pfn, pages)]
     alone = COUNTS.alone(tx.words, tx.counts, pfn, pages)
@@ -110,7 +109,7 @@ def add(tx: "Tx", pfn: int, pages: int, delta: int) -> list[Run]:
             if count <= 0:
                 freed.append((first, last - first))
             else:
-                tx.unshared.append((first, last - first))
+                tx.runtime.set("stale_hints", 1)  # the durable root may still name it twice: the hint stays until a sync
             continue
         if first == last_end and count == last_count:
             first = last_first
@@ -183,19 +182,39 @@ def leaf_runs(view: "View", base: int) -> list[Run]:
     return [(values[i], values[i + 1] & 0xFFFFFFFF) for i in range(0, 2 * count, 2)]
 
 
-def share_children(tx: "Tx", tree: Tree, base: int) -> None:
-    """Take one more reference on everything that the node at word `base` refers to: it has been copied."""
+def _below(tx: "Tx", tree: Tree, base: int) -> list[Run]:
+    """Return the runs of frames, nodes or data, that the node at word `base` refers to."""
     children = tree.children(tx.words, base)
     if children:
-        add_runs(tx, [(child, 1) for child in children], 1)
-    elif tree is EXTENTS:
-        add_runs(tx, leaf_runs(tx, base), 1)
-    elif tree is INODES:
-        runs: list[Run] = []
+        return [(child, 1) for child in children]
+    if tree is EXTENTS:
+        return leaf_runs(tx, base)
+    runs: list[Run] = []
+    if tree is INODES:
         for _, offset in tree.leaf_items(tx.words, base):
             root, inline = inode_references(tx, offset)
             runs += [(root, 1)] if root else inline
-        add_runs(tx, runs, 1)
+    return runs
+
+
+def share_children(tx: "Tx", tree: Tree, base: int) -> None:
+    """Take one more reference on everything that the node at word `base` refers to: it has been copied."""
+    add_runs(tx, _below(tx, tree, base), 1)
+
+
+def hint_children(tx: "Tx", tree: Tree, base: int) -> None:
+    """Set the SHARED hint of everything that the node at word `base` refers to."""
+    for pfn, pages in _below(tx, tree, base):
+        tx.array[pfn : pfn + pages] |= np.uint8(SHARED)
+    tx.runtime.set("stale_hints", 1)
+
+
+def refresh_hints(view: "View") -> None:
+    """Clear the SHARED hints that the counts of `view`, which has just become durable, do not back. Under the lock."""
+    exact = np.zeros(len(view.array), bool)
+    for first, offset in COUNTS.items(view.words, view.counts):
+        exact[first : first + view.words[offset >> 3]] = True
+    view.array[~exact] &= np.uint8(0xFF ^ SHARED)
 
 
 def drop(tx: "Tx", tree: Tree, root: int) -> None:

@@ -7,7 +7,7 @@ neighbours that continue them. Its caller has the inode from `inode.change`.
 import struct
 from itertools import pairwise
 
-from onecopy.blkcache.frames import MAX_RUN, PINNED, SHARED
+from onecopy.blkcache.frames import FRESH, MAX_RUN, PINNED, SHARED
 from onecopy.fs import counts
 from onecopy.fs.btree import EXTENTS, MAX_KEY
 from onecopy.fs.format import EXTENT, INLINE_DATA, INLINE_EXTENTS, MAX_INLINE_EXTENTS, UNWRITTEN
@@ -111,8 +111,9 @@ def _path_shared(view: View, root: int, low: int, high: int) -> bool:
 def pieces(tx: Tx, inode: Inode, low: int, high: int) -> list[tuple[int, int, int, int, bool]]:
     """Return what covers pages [low, high) as (page, PFN, pages, flags, private), cut where privacy changes.
 
-    Private: nobody else refers to the frames and nobody has them mapped, so they may be stored to in place (S2, S4). Owns
-    the path first. A PINNED or SHARED hint that is stale only costs a copy or a look-up.
+    Private: nobody else refers to the frames, nobody has them mapped, and the durable root, if it names them at all, does so
+    for this file alone; so they may be stored to in place (S2, S4, S9). The last is why a SHARED hint counts until the next
+    sync, whatever the references are by now. Owns the path first. A stale hint costs a copy.
     """
     own(tx, inode, low, high)
     found = []
@@ -121,8 +122,9 @@ def pieces(tx: Tx, inode: Inode, low: int, high: int) -> list[tuple[int, int, in
             found.append((page, pfn, 1, flags, True))
             continue
         for first, last, references in counts.split_by_references(tx, pfn, pages):
-            pinned = bool((tx.array[first:last] & PINNED).any())
-            found.append((page + first - pfn, first, last - first, flags, references == 1 and not pinned))
+            states = tx.array[first:last]
+            public = (states & PINNED) | ((states & (SHARED | FRESH)) == SHARED)
+            found.append((page + first - pfn, first, last - first, flags, references == 1 and not public.any()))
     return found
 
 

@@ -64,7 +64,7 @@ class FileSystem(Names):
 
     Paths are absolute within the pool. Offsets and lengths are bytes. A call that changes something happens for others at
     one moment, and not at all when it raises; only bytes stored over a file's own, unmapped pages may be seen coming by a
-    reader, as in any file system. `put`, `rmtree` and `dedupe` are many such calls. Errors are OSErrors with the kernel's errno.
+    reader, as in any file system. `put`, `rmtree` and `dedupe` are many such calls. Errors are OSErrors with kernel errnos.
     """
 
     def __init__(self, path: str | os.PathLike[str], mode: str = "r+") -> None:

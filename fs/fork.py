@@ -47,6 +47,9 @@ def _after_in_child() -> None:
         for mount in mounts:
             mount.become_child()
     _prepared.clear()
+    for mount in list(MOUNTS):
+        if mount.pid != os.getpid():
+            mount.closed = True
 
 
 os.register_at_fork(before=_before, after_in_parent=_after_in_parent, after_in_child=_after_in_child)

@@ -27,7 +27,7 @@ from onecopy.daxemu.pool import Pool
 from onecopy.daxemu.runtime import W, attach, finish, open_lock, runtime_paths
 from onecopy.daxemu.slots import Slot
 from onecopy.daxemu.steps import reach
-from onecopy.fs import extents, rebuild, superblock
+from onecopy.fs import counts, extents, rebuild, superblock
 from onecopy.fs.format import SUPERBLOCK_PFNS
 from onecopy.fs.inode import Inode
 from onecopy.fs.tx import Tx, View
@@ -44,7 +44,7 @@ MOUNTS: "weakref.WeakSet[Mount]" = weakref.WeakSet()  # for fork
 class Reading:
     """Context manager around a lock-free read: frames of its view stay as they are until it ends."""
 
-    __slots__ = ("_mount", "_word")
+    __slots__ = ("_mount", "_slot", "_word")
 
     def __init__(self, mount: "Mount") -> None:
         self._mount = mount
@@ -52,21 +52,28 @@ class Reading:
     def __enter__(self) -> View:
         mount = self._mount
         mount.check_open()
-        self._word, generation = mount.slot.announce()
-        view = mount.view
-        while view.generation != generation:
-            # The live root's slot is overwritten two generations later. We read it and then see that not even one has
-            # been published since `announce` looked, so the fields belong together.
-            view = View(mount.runtime, mount.pool, generation)
-            if mount.runtime.atomic.load(_LIVE) == generation:
-                mount.view = view
-                break
-            mount.slot.retract(self._word)
-            self._word, generation = mount.slot.announce()
-        return view
+        self._slot = slot = mount.slot
+        self._word, generation = slot.announce()
+        try:
+            view = mount.view
+            while view.generation != generation:
+                # The live root's slot is overwritten two generations later. We read it and then see that not even one
+                # has been published since `announce` looked, so the fields belong together.
+                view = View(mount.runtime, mount.pool, generation)
+                if mount.runtime.atomic.load(_LIVE) == generation:
+                    mount.view = view
+                    break
+                generation = slot.renew(self._word)
+            return view
+        except BaseException:
+            slot.retract(self._word)
+            raise
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
-        self._mount.slot.retract(self._word)
+        if self._slot is self._mount.slot:
+            self._slot.retract(self._word)
+        elif kind is None:  # the slot and the word in it are the parent's
+            raise OneCopyError("a read begun before fork can't be finished by the child", code=errno.EPERM)
 
 
 class Mount:
@@ -74,6 +81,7 @@ class Mount:
 
     def __init__(self, path: str, *, writable: bool) -> None:
         self.closed, self.pid = False, os.getpid()
+        self._running = False  # within `run`, between the first change and the last
         self.pool = Pool(path, writable=writable)
         lock_fd = -1
         try:
@@ -166,6 +174,7 @@ class Mount:
                 tx = self._begin(reserve=reserve)
                 pid = os.getpid()
                 try:
+                    self._running = True
                     result = work(tx)
                     if os.getpid() != pid:
                         raise OneCopyError("a transaction begun before fork can't be finished by the child", code=errno.EPERM)
@@ -180,6 +189,8 @@ class Mount:
                     if os.getpid() == pid:
                         self._abort()
                     raise
+                finally:
+                    self._running = False
         raise AssertionError("unreachable")
 
     def _begin(self, *, reserve: bool) -> Tx:
@@ -204,6 +215,8 @@ class Mount:
 
     def _recover(self) -> None:
         """Finish or undo what a dead holder of the lock left. The caller holds it."""
+        if self._running:
+            raise OneCopyError("called within a transaction, by a signal handler or finalizer of its thread", code=errno.EDEADLK)
         words = self.runtime.words
         intent = words[_INTENT]
         if intent == INTENT_RECLAIM:
@@ -258,6 +271,9 @@ class Mount:
         runtime.set("durable_generation", generation)
         reach("durable noted")
         self.limbo.committed(view.limbo_tail)
+        if runtime.get("stale_hints"):
+            counts.refresh_hints(view)
+            runtime.set("stale_hints", 0)
         reach("flags cleaned")
         runtime.set("intent", 0)
         self.limbo.reclaim(view.limbo_tail)
@@ -305,7 +321,7 @@ class Mount:
     def _ended(self, key: int) -> None:
         """A mapping was closed or collected; in whatever thread, perhaps in the middle of something: never wait."""
         self._dropped.append(key)
-        if self.lock.try_idle():
+        if self.pid == os.getpid() and self.lock.try_idle():
             try:
                 self._recover()
                 self._unpin()
@@ -328,23 +344,34 @@ class Mount:
     def prepare_child(self) -> None:
         """Before a fork, with the lock: make the child's slot, with our pins."""
         self.pins.reap()
-        self.child_slot = slots.claim(self.runtime)
-        self.pins.write(self.child_slot.index, [run for runs in self.mappings.values() for run in runs])
+        slot = slots.claim(self.runtime)
+        try:
+            self.pins.write(slot.index, [run for runs in self.mappings.values() for run in runs])
+        except BaseException:
+            slot.release()
+            raise
+        self.child_slot = slot
 
     def become_child(self) -> None:
-        """In the forked child: take over the slot made for us; give every lock a descriptor of its own."""
-        pool_fd, lock_fd, slot_fd = self.pool.fd, self.lock.fd, self.slot.fd
-        self.pool.fd = reopen(pool_fd, os.O_RDWR if self.pool.writable else os.O_RDONLY)
-        try_mount(self.pool.fd, exclusive=False)  # can't fail: the parent's description holds it shared
-        self.pool.persistence = persistence_of(self.pool.fd)
-        self.lock = RankedLock("transaction", reopen(lock_fd))
-        if self.child_slot is not None:
-            self.slot, self.child_slot = self.child_slot, None
-            self.slot.adopt()
-        else:
-            self.closed = True
-        for fd in (pool_fd, lock_fd, slot_fd):
+        """In the forked child: take over the slot made for us; give every lock a descriptor of its own.
+
+        Where that can't be, `pid` stays the parent's and the descriptors stay open: what is mapped stays pinned.
+        """
+        slot, self.child_slot = self.child_slot, None
+        if slot is None:
+            return
+        try:
+            pool_fd = reopen(self.pool.fd, os.O_RDWR if self.pool.writable else os.O_RDONLY)
+            lock_fd = reopen(self.lock.fd)
+        except OSError:  # the process gave up the privileges that it opened the pool with
+            return
+        for fd in (self.pool.fd, self.lock.fd, self.slot.fd):
             os.close(fd)
+        self.pool.fd, self.slot = pool_fd, slot
+        try_mount(pool_fd, exclusive=False)  # can't fail: the parent's description holds it shared
+        self.pool.persistence = persistence_of(pool_fd)
+        self.lock = RankedLock("transaction", lock_fd)
+        slot.adopt()
         self.pid = os.getpid()
 
     # ---------------------------------------------------------- closing
@@ -385,5 +412,7 @@ class Mount:
 
     def _close_files(self) -> None:
         self.runtime.close()
-        os.close(self.lock.fd)
+        # A thread may be waiting for this lock: it must not find another file under the number.
+        fd, self.lock.fd = self.lock.fd, -1
+        os.close(fd)
         self.pool.close()

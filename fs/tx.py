@@ -110,7 +110,6 @@ class Tx(View):
         self.subvolumes, self.names = dict(view.subvolumes), view.names
         self.runtime, self.pool, self.frames, self.limbo = runtime, pool, frames, limbo
         self.freed: list[Run] = []
-        self.unshared: list[Run] = []  # runs whose SHARED hint may be cleared once this is published
         self._changed: set[int] = set()
         self.in_place: list[tuple[int, memoryview, int]] = []
         self.inode_moves = 0  # changes when an inode's record may have moved within its tree
@@ -132,11 +131,13 @@ class Tx(View):
         """Return the PFN of a node that this transaction may change: `pfn` itself, or its copy.
 
         A node with several references is copied for one of them: it loses that reference, and everything below it gains
-        one, now being reachable from two nodes.
+        one, now being reachable from two nodes. A node that was shared until lately hands its hint down instead: the
+        durable root may still name it twice, and `extents.pieces` must see that below the copy, too.
         """
         words, base = self.words, pfn << 9
         try:
-            shared = self.table[pfn] & SHARED and tree.shareable and counts.references(self, pfn) > 1
+            hint = self.table[pfn] & SHARED
+            shared = hint and tree.shareable and counts.references(self, pfn) > 1
             if words[base + 2] == self.generation and not shared:
                 return pfn
             if words[base] >> 24 != tree.tag:
@@ -153,6 +154,8 @@ class Tx(View):
             counts.add(self, pfn, 1, -1)
             counts.share_children(self, tree, copy)
         else:
+            if hint:
+                counts.hint_children(self, tree, copy)
             self.freed.append((pfn, 1))
         return mine
 
@@ -218,9 +221,6 @@ class Tx(View):
         reach("live root written")
         self.runtime.atomic.store(_LIVE, self.generation)
         reach("published")
-        for pfn, pages in self.unshared:
-            self.array[pfn : pfn + pages] &= np.uint8(0xFF ^ SHARED)
-        reach("flags cleared")
         view = View(self.runtime, self.pool, self.generation)
         view.subvolumes = self.subvolumes
         if len(self.names) < _MAX_NAMES:  # else the next view starts a dictionary of its own
