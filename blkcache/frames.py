@@ -9,6 +9,8 @@ lock after a death: runs of data frames in the taken log, nodes by the generatio
 so nothing names them.
 """
 
+from operator import itemgetter
+
 import numpy as np
 import numpy.typing as npt
 
@@ -53,6 +55,13 @@ def unpack_run(word: int) -> Run:
     return word & ((1 << 40) - 1), word >> 40
 
 
+def cut_runs(runs: list[Run]) -> list[Run]:
+    """Return `runs` with those that are too long for `pack_run` cut into pieces."""
+    if max(runs, key=itemgetter(1), default=(0, 0))[1] <= MAX_RUN:
+        return runs
+    return [(at, min(MAX_RUN, pfn + pages - at)) for pfn, pages in runs for at in range(pfn, pfn + pages, MAX_RUN)]
+
+
 def free_runs(table: npt.NDArray[np.uint8], first: int = 0) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Return (starts, lengths) of the runs of free frames in a piece of the table that begins at PFN `first`."""
     free = (table & ~np.uint8(BACKED)) == 0
@@ -71,6 +80,7 @@ class Frames:
         # Deleting and syncing a full pool copies paths of nodes: these frames are theirs.
         self.reserve = max(48, min(pool.frames // 64, 8192))
         self.room = 0  # frames that the running transaction may still take
+        self._node_room = 0  # ... and at which value of it nodes end, too
         self._generation = 0  # of the running transaction
 
     def begin(self, generation: int, *, reserve: bool) -> None:
@@ -79,6 +89,8 @@ class Frames:
         words[_TAKEN] = 0
         words[_TAKEN_GENERATION] = self._generation = generation  # from here on a death is undone
         self.room = words[_FREE] - (0 if reserve else self.reserve)
+        # Half of what is kept is for everybody's nodes: changing what has frames already must not fail for want of one.
+        self._node_room = 0 if reserve else -(self.reserve // 2)
 
     def settle_room(self, *, reserve: bool) -> None:
         """Before publishing: write what the transaction took into the free counter."""
@@ -96,7 +108,7 @@ class Frames:
 
         Nodes grow down from the pool's end, data grows up from its start: data keeps long runs. NoSpace.
         """
-        if self.room <= 0:
+        if self.room <= self._node_room:
             raise self._no_room(1)
         words, base = self.runtime.words, self._base
         at = self.runtime.memory.rfind(b"\x80", base + words[_NODE_FLOOR], base + words[_NODE_HINT] + 1)

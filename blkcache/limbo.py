@@ -11,11 +11,10 @@ the same store that publishes the transaction, because the ring's tail is part o
 """
 
 from array import array
-from operator import itemgetter
 
 import numpy as np
 
-from onecopy.blkcache.frames import DIRTY, FRESH, LIMBO, MAX_RUN, PINNED, USED, Frames, Run, pack_run, unpack_run
+from onecopy.blkcache.frames import DIRTY, FRESH, LIMBO, PINNED, USED, Frames, Run, cut_runs, pack_run, unpack_run
 from onecopy.daxemu.runtime import W
 from onecopy.daxemu.slots import oldest_reader
 from onecopy.daxemu.steps import reach
@@ -23,9 +22,6 @@ from onecopy.daxemu.steps import reach
 INTENT_RECLAIM = 1
 
 _ROOM, _HEAD = W["limbo_room"], W["limbo_head"]
-
-
-_pages = itemgetter(1)
 
 
 class Limbo:
@@ -44,8 +40,7 @@ class Limbo:
         if not runs:
             return tail
         words, first, capacity = self.runtime.words, self._area // 8, self._capacity
-        if max(runs, key=_pages)[1] > MAX_RUN:
-            runs = [(at, min(MAX_RUN, pfn + pages - at)) for pfn, pages in runs for at in range(pfn, pfn + pages, MAX_RUN)]
+        runs = cut_runs(runs)
         start = tail % capacity
         packed = array("Q", [word for pfn, pages in runs for word in (generation, pack_run(pfn, pages))])
         ahead = min(len(runs), capacity - start)  # entries before the ring wraps

@@ -9,14 +9,12 @@ import errno
 import numpy as np
 import numpy.typing as npt
 
-from onecopy.blkcache.frames import PINNED, Frames, Run, pack_run
+from onecopy.blkcache.frames import PINNED, Frames, Run, cut_runs, pack_run
 from onecopy.blkcache.limbo import Limbo
 from onecopy.daxemu import slots
 from onecopy.daxemu.errors import OneCopyError
 from onecopy.daxemu.runtime import PINS
 from onecopy.daxemu.steps import reach
-
-INTENT_PINS = 3
 
 
 class Pins:
@@ -33,6 +31,7 @@ class Pins:
 
         OneCopyError (ENOMEM) when there are more runs than a list holds; NoSpace when /dev/shm is full.
         """
+        runs = cut_runs(runs)
         if len(runs) > PINS:
             raise OneCopyError(f"{len(runs)} mapped runs; a process can pin {PINS}", code=errno.ENOMEM)
         words, first = self.runtime.words, self._list(slot)
@@ -69,12 +68,12 @@ class Pins:
     def reap(self) -> list[int]:
         """Free the slots of dead processes and what only they pinned; return these slots."""
         gone = slots.dead(self.runtime)
-        if gone or self.runtime.get("intent") == INTENT_PINS:
-            self.runtime.set("intent", INTENT_PINS)
+        if gone:
             for slot in gone:
-                slots.clear(self.runtime, slot)
+                self.runtime.words[slots.pins_word(self.runtime, slot)] = 0
             reach("pins settled")
             self.settle()
             self.frames.recount()
-            self.runtime.set("intent", 0)
+            for slot in gone:  # last: until then the next one to reap finds them and does all this again
+                slots.clear(self.runtime, slot)
         return gone

@@ -43,7 +43,8 @@ HEADER = Record(
 _FALLOC_KEEP_SIZE, _FALLOC_PUNCH_HOLE = 1, 2
 
 
-def _fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    """fallocate(2), which Python offers without modes. OSError."""
     import ctypes
 
     libc = ctypes.CDLL(None, use_errno=True)
@@ -128,13 +129,13 @@ class Pool:
     def back(self, pfn: int, pages: int) -> None:
         """Give frames [pfn, pfn + pages) storage, so that stores through the mapping can't fail. NoSpace when full."""
         try:
-            _fallocate(self.fd, 0, pfn * PAGE, pages * PAGE)
+            fallocate(self.fd, 0, pfn * PAGE, pages * PAGE)
         except OSError as error:
             raise self._host_full(error) from error
 
     def punch(self, pfn: int, pages: int) -> None:
         """Give the storage of frames [pfn, pfn + pages) back to the host; they read as zeros."""
-        _fallocate(self.fd, _FALLOC_PUNCH_HOLE | _FALLOC_KEEP_SIZE, pfn * PAGE, pages * PAGE)
+        fallocate(self.fd, _FALLOC_PUNCH_HOLE | _FALLOC_KEEP_SIZE, pfn * PAGE, pages * PAGE)
 
     def _host_full(self, error: OSError) -> OSError:
         if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.ENOMEM):
@@ -143,13 +144,17 @@ class Pool:
 
     def close(self) -> None:
         """Unmap and close; releases the mount lock, which lives on this descriptor."""
-        self.words.release()
-        self.bytes.release()
-        try:
-            self.memory.close()
-        except BufferError:
-            pass  # an array over a frame outlives us; the memory goes when it does
+        release(self.words, self.bytes, self.memory)
         os.close(self.fd)
+
+
+def release(*buffers: memoryview | mmap.mmap) -> None:
+    """Let go of views, then of what they look into; what an array still looks into goes when that does."""
+    for buffer in buffers:
+        try:
+            buffer.release() if isinstance(buffer, memoryview) else buffer.close()
+        except BufferError:
+            pass
 
 
 def create(path: str, size: int, mode: int, fill: Callable[[Pool], None], *, force: bool) -> None:

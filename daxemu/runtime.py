@@ -19,7 +19,7 @@ import numpy as np
 from onecopy.daxemu._fault import Words
 from onecopy.daxemu.errors import NoSpace, PoolBusy, RuntimeLost
 from onecopy.daxemu.locks import RankedLock, open_private, try_mount
-from onecopy.daxemu.pool import Pool, _fallocate
+from onecopy.daxemu.pool import Pool, fallocate, release
 from onecopy.daxemu.record import Record
 from onecopy.daxemu.units import PAGE
 
@@ -149,7 +149,7 @@ class Runtime:
             want = max(need, have + 16 * PAGE)
             want = -(-want // PAGE) * PAGE
             try:
-                _fallocate(self.fd, 0, area, want)
+                fallocate(self.fd, 0, area, want)
             except OSError as error:
                 raise NoSpace(f"{FOLDER} has no room for the run-time file ({error.strerror})", path=self.path) from error
             self.words[room] = want
@@ -159,14 +159,8 @@ class Runtime:
         if self.fd < 0:
             return
         self.atomic.release()
-        del self.table_array
-        self.table.release()
-        self.words.release()
-        self.bytes.release()
-        try:
-            self.memory.close()
-        except BufferError:
-            pass
+        self.table_array = np.empty(0, np.uint8)
+        release(self.table, self.words, self.bytes, self.memory)
         os.close(self.fd)
         self.fd = -1
 
@@ -183,7 +177,7 @@ def _create(pool: Pool, path: str, lock_fd: int) -> int:
             if os.geteuid() == 0:
                 os.fchown(fd, pool.status.st_uid, pool.status.st_gid)
             os.ftruncate(fd, layout.size)
-            _fallocate(fd, 0, 0, layout.limbo)
+            fallocate(fd, 0, 0, layout.limbo)
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise

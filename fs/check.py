@@ -379,9 +379,7 @@ def check_pool(path: str) -> CheckReport:
         except CorruptRecord as error:
             checker.found("no-superblock", "the pool", error.pfn, error.expected, error.actual)
             return checker.report
-        report = checker.run(block.roots, block.counts)
-        del checker.words, checker.leaves, checker
-        return report
+        return checker.run(block.roots, block.counts)
     finally:
         pool.close()
 

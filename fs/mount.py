@@ -5,7 +5,6 @@ sync, when space ran out. Whoever gets the lock first finishes or undoes what a 
 """
 
 import errno
-import itertools
 import os
 import weakref
 from collections import deque
@@ -98,22 +97,18 @@ class Mount:
 
     def _attach(self) -> None:
         self.runtime, empty = attach(self.pool, self.lock)
+        if not empty and self._is_stale():
+            self.runtime.close()
+            if not try_mount(self.pool.fd, exclusive=True):
+                raise RuntimeLost("the pool file was replaced while processes use it; end them", path=self.pool.path)
+            os.unlink(self.runtime.path)
+            self.runtime, empty = attach(self.pool, self.lock)
         try:
-            self._layers()
-            if not empty and self._is_stale():
-                self.runtime.close()
-                if not try_mount(self.pool.fd, exclusive=True):
-                    raise RuntimeLost("the pool file was replaced while processes use it; end them", path=self.pool.path)
-                os.unlink(self.runtime.path)
-                self.runtime, empty = attach(self.pool, self.lock)
-                self._layers()
+            self.frames = Frames(self.runtime, self.pool)
+            self.limbo = Limbo(self.frames)
+            self.pins = Pins(self.frames, self.limbo)
             if empty:
-                try:
-                    rebuild.fill(self.runtime, self.pool)
-                except BaseException:
-                    os.unlink(self.runtime.path)
-                    raise
-                finish(self.runtime)
+                self._fill()
             else:
                 self._recover()
             self.pins.reap()
@@ -122,16 +117,17 @@ class Mount:
             self.runtime.close()
             raise
         self.view = View(self.runtime, self.pool, self.runtime.atomic.load(_LIVE))
-        # Of each mapping, the runs it pins. Keys are never used again: one may still be waiting in `_dropped`.
-        self.mappings: dict[int, list[Run]] = {}
-        self._keys = itertools.count()
+        self.mappings: dict[int, list[Run]] = {}  # id of a mapping -> the runs it pins
         self._dropped: deque[int] = deque()
         self.child_slot: Slot | None = None
 
-    def _layers(self) -> None:
-        self.frames = Frames(self.runtime, self.pool)
-        self.limbo = Limbo(self.frames)
-        self.pins = Pins(self.frames, self.limbo)
+    def _fill(self) -> None:
+        try:
+            rebuild.fill(self.runtime, self.pool)
+        except BaseException:
+            os.unlink(self.runtime.path)
+            raise
+        finish(self.runtime)
 
     def _is_stale(self) -> bool:
         """True when the pool file's content was replaced (restored from a copy) since the run-time file was made."""
@@ -216,7 +212,7 @@ class Mount:
     def _recover(self) -> None:
         """Finish or undo what a dead holder of the lock left. The caller holds it."""
         if self._running:
-            raise OneCopyError("called within a transaction, by a signal handler or finalizer of its thread", code=errno.EDEADLK)
+            raise OneCopyError("called within a transaction, by a signal handler or finalizer of it", code=errno.EDEADLK)
         words = self.runtime.words
         intent = words[_INTENT]
         if intent == INTENT_RECLAIM:
