@@ -5,6 +5,7 @@ sync, when space ran out. Whoever gets the lock first finishes or undoes what a 
 """
 
 import errno
+import itertools
 import os
 import weakref
 from collections import deque
@@ -117,7 +118,9 @@ class Mount:
             self.runtime.close()
             raise
         self.view = View(self.runtime, self.pool, self.runtime.atomic.load(_LIVE))
-        self.mappings: dict[int, list[Run]] = {}  # id of a mapping -> the runs it pins
+        # Of each mapping, the runs it pins. Keys are never used again: one may still be waiting in `_dropped`.
+        self.mappings: dict[int, list[Run]] = {}
+        self._keys = itertools.count()
         self._dropped: deque[int] = deque()
         self.child_slot: Slot | None = None
 
@@ -212,7 +215,9 @@ class Mount:
     def _recover(self) -> None:
         """Finish or undo what a dead holder of the lock left. The caller holds it."""
         if self._running:
-            raise OneCopyError("called within a transaction, by a signal handler or finalizer of it", code=errno.EDEADLK)
+            raise OneCopyError(
+                "called within a transaction, by a signal handler or finalizer of its thread", code=errno.EDEADLK
+            )
         words = self.runtime.words
         intent = words[_INTENT]
         if intent == INTENT_RECLAIM:
