@@ -5,6 +5,7 @@ import os
 from typing import NamedTuple
 
 from onecopy.daxemu.errors import invalid, posix
+from onecopy.fs import content
 from onecopy.fs import directory as directories
 from onecopy.fs import inode as inodes
 from onecopy.fs.directory import DIRECTORY, NAME_MAX, SUBVOLUME, SYMLINK
@@ -79,7 +80,7 @@ def walk(view: View, path: str, *, follow: bool = True) -> Place:
             links += 1
             if links > _LINKS:
                 raise posix(errno.ELOOP, path)
-            target = inodes.load(view, found.subvolume, found.number).content or b""
+            target = content.read(view, inodes.load(view, found.subvolume, found.number), 0, None)
             if target.startswith(b"/"):
                 del trail[1:]
             names += [part for part in target.split(b"/") if part and part != b"."][::-1]

@@ -237,7 +237,7 @@ class Names:
             if source.parent == target.parent and source.name == target.name:
                 return
             if target.exists:
-                if (target.subvolume, target.number) == (source.subvolume, source.number):
+                if source.number != PHANTOM and (target.subvolume, target.number) == (source.subvolume, source.number):
                     return  # two names of one file: rename(2) does nothing
                 if target.kind in (DIRECTORY, SUBVOLUME):
                     self._remove_directory(tx, target)

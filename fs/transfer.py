@@ -34,6 +34,7 @@ class _Meter:
         self.progress, self.total, self.done = progress, total, 0
 
     def add(self, size: int) -> None:
+        """Note that `size` more bytes have been moved."""
         self.done += size
         if self.progress:
             self.progress(self.done, max(self.total, self.done), "bytes")
