@@ -106,7 +106,7 @@ class Report:
         """Print a table of the ways, and what was verified."""
         print(f"{self._headline()}\n")
         show.table(
-            ("", ">logical", ">stored", ">memory", ">copies", "how", ">page tables", ">clone", ">map and hash"),
+            ("", ">logical", ">stored", ">memory", ">copies", "how", ">Pss", ">page tables", ">clone", ">map and hash"),
             [
                 (
                     row.label,
@@ -115,7 +115,8 @@ class Report:
                     format_size(row.physical.bytes),
                     self._copies(row.physical.bytes),
                     SOURCES[row.physical.source],
-                    "-" if row.physical.page_tables is None else format_size(row.physical.page_tables),
+                    _size(row.physical.pss),
+                    _size(row.physical.page_tables),
                     _time(row.clone_seconds),
                     _time(row.read_seconds),
                 )
@@ -161,16 +162,16 @@ class Report:
         else:
             yield "verified", f"{hashes:,} files by their SHA-256, every one right"
         for way in self.ways:
-            if way.put_seconds is not None:
-                yield "put", f"{_time(way.put_seconds)} for the pool's first copy"
-            if way.rewriting:
-                rewriting = way.rewriting
-                yield (
-                    "rewritten",
-                    f"{format_size(rewriting.bytes)} in {_time(rewriting.seconds)}; the pool grew by "
-                    f"{format_size(rewriting.pool_growth)}; {'see above' if wrong else 'nobody else saw any of it'}",
-                )
-                yield "check", f"{way.findings or 'no'} findings"
+            if way.rewriting is None:
+                continue
+            yield "put", f"{_time(way.put_seconds)} for the first copy in the pool"
+            yield (
+                "rewritten",
+                f"{format_size(way.rewriting.bytes)} in {_time(way.rewriting.seconds)}; the pool grew by "
+                f"{format_size(way.rewriting.pool_growth)}; {'see above' if wrong else 'nobody else saw any of it'}",
+            )
+            yield "host", f"{_size(way.backed)} behind the pool file, {_size(way.run_time)} behind its run-time file"
+            yield "check", f"{way.findings or 'no'} findings"
         for reason in self.skipped:
             yield "skipped", reason
         if self.png:
@@ -178,6 +179,10 @@ class Report:
         if self.pool:
             yield "pool", f"kept: {self.pool}"
         yield "in all", _time(self.seconds)
+
+
+def _size(count: int | None) -> str:
+    return "-" if count is None else format_size(count)
 
 
 def _time(seconds: float | None) -> str:

@@ -26,6 +26,7 @@ from onecopy.cli.measure import Memory, distinct_bytes
 
 FICLONE = 0x40049409
 BASE = "base"
+RUN_TIME = "/dev/shm"  # holds the run-time files, named after their pools' UUIDs
 SPARE_MEMORY = 1 << 30  # bytes of memory that a comparison leaves to everybody else on the machine
 XFS_OVERHEAD = 512 << 20  # bytes of an XFS image beside the files: its log, and the least that mkfs.xfs accepts
 POOL_OVERHEAD = 256 << 20  # bytes of the pool beside the files' pages; the file is sparse, so too much costs nothing
@@ -77,6 +78,8 @@ class Outcome:
     read: Observation | None = None
     skipped: str | None = None  # why it was not tried
     put_seconds: float | None = None  # from here on: onecopy alone
+    backed: int | None = None  # of the pool file, by the host: what it uses now and what it has used before
+    run_time: int | None = None  # of the run-time file
     rewriting: Rewriting | None = None
     base_hashes: int = 0
     base_wrong: list[str] = field(default_factory=list)
@@ -109,16 +112,19 @@ def uninterrupted() -> Iterator[None]:
 
 def plain_copies(source: Input, clones: Sequence[Clone], processes: int, scratch: Path, step: Step) -> Outcome:
     """Copy every file for every clone; computed where the copies would not fit beside what else the machine does."""
-    way, logical, stored = "plain copies", source.size * len(clones), source.footprint * len(clones)
-    if shortage := _shortage(stored, scratch):
-        return Outcome(way, logical, stored, Physical(stored, "computed"), skipped=f"plain copies not made: {shortage}")
+    way, logical, all_pages = "plain copies", source.size * len(clones), source.footprint * len(clones)
+    if shortage := _shortage(all_pages, scratch):
+        skipped = f"plain copies not made: {shortage}"
+        return Outcome(way, logical, all_pages, Physical(all_pages, "computed"), skipped=skipped)
     root = scratch / "plain"
     try:
         with step(f"{way}: copy"):
+            stored = 0
             start = time.monotonic()
             for clone in clones:
                 for file, path in _lay_out(source, root / clone.name):
                     shutil.copyfile(file, path)
+                    stored += path.stat().st_blocks * 512
             seconds = time.monotonic() - start
         with Team(Place(str(root)), source.files, clones, processes) as team, step(f"{way}: map and hash"):
             read = _observe(team)
@@ -137,7 +143,7 @@ def kernel_clones(source: Input, clones: Sequence[Clone], processes: int, scratc
             with step(f"{way}: reflink"):
                 for original, path in _lay_out(source, root / BASE):
                     shutil.copyfile(original, path)
-                os.sync()
+                _run("sync", "--file-system", str(root))  # or the first clone's time would be that of the disk
                 start = time.monotonic()
                 for clone in clones:
                     for (_, path), file in zip(_lay_out(source, root / clone.name), source.files, strict=True):
@@ -184,6 +190,8 @@ def pool_clones(source: Input, clones: Sequence[Clone], processes: int, pool: st
             seconds = time.monotonic() - start
         with onecopy.open(pool) as fs:
             growth = _stored(fs) - stored
+            info = fs.info()
+            run_time = sum(path.stat().st_blocks * 512 for path in Path(RUN_TIME).glob(f"*{info.uuid}*"))
         with step("onecopy: map and hash again"):
             rewriting = Rewriting(rewritten, seconds, growth, _observe(team))
     with step("onecopy: check"):
@@ -198,6 +206,8 @@ def pool_clones(source: Input, clones: Sequence[Clone], processes: int, pool: st
         clone_seconds,
         read,
         put_seconds=put_seconds,
+        backed=info.backed_bytes,
+        run_time=run_time,
         rewriting=rewriting,
         base_hashes=base.hashes,
         base_wrong=list(base.wrong),
@@ -320,4 +330,5 @@ def _run(*command: str) -> str | None:
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     if not done.returncode:
         return None
-    return f"{os.path.basename(command[0])} failed: {done.stderr.strip() or f'status {done.returncode}'}"
+    complaint = done.stderr.strip().partition("\n")[0]
+    return f"{os.path.basename(command[0])} failed: {complaint or f'status {done.returncode}'}"

@@ -80,7 +80,7 @@ class Worker:
         self._held = ExitStack()
         self._views: list[View] = []
         self._own_tables = page_tables()
-        self._fs = onecopy.open(place.pool) if place.pool else None
+        self._fs = onecopy.open(place.pool, "r") if place.pool else None
 
     def __enter__(self) -> Self:
         return self
@@ -111,16 +111,17 @@ class Worker:
 
     def rewrite(self) -> int:
         """Change one page in a hundred of every own clone, through the pool's API; return how many bytes that was."""
-        if self._fs is None:
+        if self._place.pool is None:
             raise ValueError("only clones in a pool are rewritten")
-        self.release()  # a mapping may show the file as it was when it was mapped
+        self.release()  # a mapping goes on showing the file as it was when it was mapped
         count = 0
-        for clone in self._clones:
-            for file, (offset, length) in _runs_to_rewrite(self._files, clone):
-                path = self._path(clone, file)
-                content = np.frombuffer(self._fs.read(path, offset, length), np.uint8)
-                count += self._fs.write(path, (content ^ _key(clone)).tobytes(), offset)
-                self._rewritten.setdefault(path, []).append((offset, length))
+        with onecopy.open(self._place.pool) as fs:
+            for clone in self._clones:
+                for file, (offset, length) in _runs_to_rewrite(self._files, clone):
+                    path = self._path(clone, file)
+                    content = np.frombuffer(fs.read(path, offset, length), np.uint8)
+                    count += fs.write(path, (content ^ _key(clone)).data, offset)
+                    self._rewritten.setdefault(path, []).append((offset, length))
         return count
 
     def release(self) -> None:
@@ -143,7 +144,7 @@ class Worker:
                 return np.fromfile(path, np.uint8)
             view: View = np.memmap(path, np.uint8, mode="r")
         elif self._fs.stat(path).st_blocks:
-            view = np.frombuffer(self._held.enter_context(self._fs.map(path)), np.uint8)
+            view = np.frombuffer(memoryview(self._held.enter_context(self._fs.map(path))), np.uint8)
         else:
             return np.frombuffer(self._fs.read(path), np.uint8)
         self._views.append(view)
@@ -210,8 +211,9 @@ class Team:
 
     def __enter__(self) -> Self:
         place, files, clones, processes = self._job
-        # Started anew rather than forked: a process of its own, with nothing of ours mapped, makes clean figures.
-        context = multiprocessing.get_context("spawn")
+        # Forked from a server that has only imported this module, they start fast and have nothing of ours mapped.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])
         try:
             for number in range(processes):
                 pipe, theirs = context.Pipe()

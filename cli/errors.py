@@ -16,7 +16,7 @@ ERROR = 2
 INTERRUPTED = 130  # 128 + SIGINT, as a shell counts it
 PIPE_CLOSED = 141  # 128 + SIGPIPE: how `cat` ends when its reader leaves
 
-# Messages of the project's own errors end with what to do; the system's need it added.
+# A message of the project's own says what to do; a bare one of the system needs it added.
 NEXT_STEPS = {
     errno.ENOENT: "check the name ('onecopy ls' shows what a pool holds)",
     errno.EEXIST: "choose another name, or remove what is there",
@@ -46,13 +46,12 @@ def report_usage(error: TyperException, *, as_json: bool) -> None:
 
 def report_os_error(error: OSError, *, as_json: bool) -> None:
     """Report an error of the system or of the pool."""
-    import onecopy
-
-    paths = [os.fsdecode(path) for path in (error.filename, error.filename2) if path is not None]
+    names = (name for name in (error.filename, error.filename2) if name is not None)
+    paths = [str(name) if isinstance(name, int) else os.fsdecode(name) for name in names]  # an int is a descriptor
     message = error.strerror or str(error)
     if paths:
         message = f"{' -> '.join(paths)}: {message}"
-    if not isinstance(error, onecopy.OneCopyError) and error.errno in NEXT_STEPS:
+    if error.errno in NEXT_STEPS and error.strerror == os.strerror(error.errno):
         message += f"; {NEXT_STEPS[error.errno]}"
     report(
         type(error).__name__,

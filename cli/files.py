@@ -62,7 +62,7 @@ def _described(fs: onecopy.FileSystem, path: str) -> dict[str, Any]:
 
 def _long_row(entry: dict[str, Any]) -> tuple[object, ...]:
     name = entry["name"] + (f" -> {entry['target']}" if "target" in entry else "")
-    when = show.when(entry["mtime_ns"] / 1e9)
+    when = show.when(entry["mtime_ns"])
     return (modes.filemode(entry["mode"]), *(entry[key] for key in ("nlink", "uid", "gid", "size")), when, name)
 
 
@@ -77,8 +77,8 @@ def stat(pool: Pool, path: Inner, *, as_json: Json = False) -> None:
         show.json_object(verb="stat", path=path, **found)
         return
     mode = found["mode"]
-    times = {key.removesuffix("_ns"): show.when(found[key] / 1e9) for key in ("atime_ns", "mtime_ns", "ctime_ns")}
-    show.facts(({"path": path} | found | {"mode": f"{modes.S_IMODE(mode):04o} {modes.filemode(mode)}"} | times).items())
+    times = {key.removesuffix("_ns"): show.when(found.pop(key)) for key in ("atime_ns", "mtime_ns", "ctime_ns")}
+    show.facts([("path", path), *(found | {"mode": f"{modes.S_IMODE(mode):04o} {modes.filemode(mode)}"} | times).items()])
 
 
 @verbs.command(epilog="Example: onecopy mkdir -p /dev/shm/p.pool /models/2026")
@@ -121,7 +121,7 @@ def rm(pool: Pool, paths: Inners, *, recursive: Recursive = False, as_json: Json
     with onecopy.open(pool) as fs:
         for path in paths:
             if recursive and modes.S_ISDIR(fs.lstat(path).st_mode):
-                with show.progress(f"rm {path}") as progress:
+                with show.progress("rm") as progress:
                     fs.rmtree(path, progress=progress)
             else:
                 fs.unlink(path)
@@ -135,9 +135,7 @@ def ln(
     target: Annotated[str, typer.Argument(metavar="TARGET", help="What the new name leads to.")],
     link: InnerTarget,
     *,
-    symbolic: Annotated[
-        bool, typer.Option("--symbolic", "-s", help="Make a symbolic link to TARGET, as written.")
-    ] = False,
+    symbolic: Annotated[bool, typer.Option("--symbolic", "-s", help="Make a symbolic link to TARGET, as written.")] = False,
     as_json: Json = False,
 ) -> None:
     """Give a file one more name, or make a symbolic link."""

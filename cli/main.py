@@ -26,8 +26,7 @@ class Verbs(TyperGroup):
             return super().main(args, *rest, **extra)
         args = sys.argv[1:] if args is None else list(args)
         as_json = "--json" in takewhile(lambda arg: arg != "--", args)
-        if isinstance(sys.stdout, io.TextIOWrapper):  # a name the terminal's character set lacks must not stop us
-            sys.stdout.reconfigure(errors="backslashreplace")
+        _prepare_streams()
         try:
             status = self._run(args, as_json=as_json)
             sys.stdout.flush()
@@ -62,6 +61,14 @@ class Verbs(TyperGroup):
             traceback.print_exc()
             errors.report(type(error).__name__, f"{error}; this is a bug, please report it", as_json=as_json)
             return errors.ERROR
+
+
+def _prepare_streams() -> None:
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # the caller closed it
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - for as long as the program runs
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the terminal's character set lacks must not stop us
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 app = typer.Typer(

@@ -36,7 +36,12 @@ def info(pool: Pool, *, as_json: Json = False) -> None:
     import onecopy
 
     with onecopy.open(pool, "r") as fs:
-        _show_info("info", fs.info(), as_json=as_json)
+        found = fs.info()
+    _show_info("info", found, as_json=as_json)
+    if not as_json:
+        print()
+        rows = [(user.pid, user.slot, show.when(user.opened), user.program) for user in found.users]
+        show.table((">pid", ">slot", "opened", "program"), rows)
 
 
 def _show_info(verb: str, info: onecopy.PoolInfo, *, as_json: bool) -> None:
@@ -45,7 +50,7 @@ def _show_info(verb: str, info: onecopy.PoolInfo, *, as_json: bool) -> None:
         return
 
     def pages(count: int) -> str:
-        return f"{count} pages, {show.size(count * info.page_size)}"
+        return f"{count:,} pages, {show.size(count * info.page_size)}"
 
     show.facts(
         [
@@ -55,16 +60,12 @@ def _show_info(verb: str, info: onecopy.PoolInfo, *, as_json: bool) -> None:
             ("used", pages(info.used_pages)),
             ("free", pages(info.free_pages)),
             ("freed, not yet reusable", pages(info.waiting_pages)),
-            ("pinned by readers", pages(info.pinned_pages)),
+            ("pinned", pages(info.pinned_pages)),
             ("backed by the host", show.size(info.backed_bytes)),
             ("generation", f"{info.generation}, on the device {info.durable_generation}"),
             ("subvolumes", info.subvolumes),
-        ],
+        ]
     )
-    if info.users:
-        print()
-        rows = [(user.pid, user.slot, show.when(user.started), user.comm) for user in info.users]
-        show.table((">pid", ">slot", "started", "command"), rows)
 
 
 @verbs.command(epilog="Example: onecopy check /dev/shm/p.pool || echo damaged")
@@ -77,15 +78,12 @@ def check(pool: Pool, *, as_json: Json = False) -> None:
 
     report = onecopy.check(pool)
     if as_json:
-        show.json_object(
-            verb="check", ok=report.ok, findings=[asdict(f) for f in report.findings], counted=report.counted
-        )
+        findings = [asdict(finding) | {"message": finding.message} for finding in report.findings]
+        show.json_object(verb="check", ok=report.ok, findings=findings, counted=report.counted)
     elif report.ok:
         print(f"{show.printable(pool)}: no findings")
         show.table(("counted", ">number"), report.counted.items())
     else:
-        columns = ("code", "where", "pfn", "expected", "actual", "message")
-        rows = [[getattr(finding, column) for column in columns] for finding in report.findings]
-        show.table(columns, rows)
+        show.table(("code", ">pfn", "message"), [(found.code, found.pfn, found.message) for found in report.findings])
     if not report.ok:
         raise typer.Exit(errors.FINDINGS)

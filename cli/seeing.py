@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from stat import S_ISDIR
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from onecopy.cli import show
 from onecopy.cli.args import Inner, Json, Pool
+
+if TYPE_CHECKING:
+    import onecopy
 
 verbs = typer.Typer()
 
@@ -34,7 +37,7 @@ def du(
         children = fs.du_each(path) if S_ISDIR(fs.stat(path).st_mode) else []
     children.sort(key=lambda usage: usage.total, reverse=True)
     if as_json:
-        show.json_object(verb="du", **asdict(whole), children=[asdict(child) for child in children])
+        show.json_object(verb="du", **_usage(whole), children=[_usage(child) for child in children])
         return
     rows = [
         (*(show.size(count, raw=raw) for count in (usage.logical, usage.unique, usage.shared, usage.total)), usage.path)
@@ -43,14 +46,16 @@ def du(
     show.table((">logical", ">unique", ">shared", ">total", "path"), rows)
 
 
+def _usage(usage: onecopy.Usage) -> dict[str, object]:
+    return asdict(usage) | {"total": usage.total}
+
+
 @verbs.command(epilog="Example: onecopy extents /dev/shm/p.pool /base.npy --png base.png")
 def extents(
     pool: Pool,
     path: Inner,
     *,
-    png: Annotated[
-        str | None, typer.Option("--png", metavar="FILE", help="Also draw the runs into this picture.")
-    ] = None,
+    png: Annotated[str | None, typer.Option("--png", metavar="FILE", help="Also draw the runs into this picture.")] = None,
     as_json: Json = False,
 ) -> None:
     """Show each run of a file: its page in the file, its PFN, how many pages, how many share it, and its state."""

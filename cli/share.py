@@ -30,7 +30,7 @@ def clone(
             "--range",
             parser=span,
             metavar="SRC_OFF:LENGTH[@DST_OFF]",
-            help="Only these bytes, into a file that may be there already; DST_OFF is SRC_OFF when left out.",
+            help="Only these bytes, into a file that may be there already; 0 is up to the end. Without @: to SRC_OFF.",
         ),
     ] = None,
     as_json: Json = False,
@@ -47,14 +47,25 @@ def clone(
     with onecopy.open(pool) as fs:
         dst = into(fs, src, dst)
         if part:
-            fs.clone_range(src, part.src_offset, dst, part.dst_offset, part.length)
+            _clone_part(fs, src, dst, part)
         elif recursive and stat.S_ISDIR(fs.lstat(src).st_mode):
-            with show.progress(f"clone {src}") as progress:
+            with show.progress("clone") as progress:
                 fs.clone_tree(src, dst, progress=progress)
         else:
             fs.clone(src, dst)
     if as_json:
         show.json_object(verb="clone", src=src, dst=dst, range=part and part._asdict())
+
+
+def _clone_part(fs: onecopy.FileSystem, src: str, dst: str, part: Span) -> None:
+    made = not fs.exists(dst)
+    fs.create(dst)
+    try:
+        fs.clone_range(src, part.src_offset, dst, part.dst_offset, part.length)
+    except BaseException:
+        if made:
+            fs.unlink(dst)
+        raise
 
 
 @verbs.command(epilog="Example: onecopy snapshot /dev/shm/p.pool /images /images-before")
@@ -74,9 +85,7 @@ def dedupe(
     pool: Pool,
     paths: InnersOrAll = None,
     *,
-    apply: Annotated[
-        bool, typer.Option("--apply", help="Share equal pages, each pair compared under a lock first.")
-    ] = False,
+    apply: Annotated[bool, typer.Option("--apply", help="Share equal pages, each pair compared under a lock first.")] = False,
     as_json: Json = False,
 ) -> None:
     """Find equal pages, and say exactly what sharing them would free. Nothing changes without --apply."""

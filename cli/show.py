@@ -48,9 +48,9 @@ def size(count: int, *, raw: bool = False) -> str:
     return str(count) if raw else onecopy.format_size(count)
 
 
-def when(seconds: float) -> str:
+def when(nanoseconds: int) -> str:
     """Return a time since 1970 as local date and time."""
-    return datetime.fromtimestamp(seconds).isoformat(" ", "seconds")
+    return datetime.fromtimestamp(nanoseconds // 10**9).isoformat(" ", "seconds")
 
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
@@ -69,8 +69,8 @@ def _rich_table(headers: Sequence[str], cells: list[list[str]]) -> None:
 
     grid = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for header in headers:
-        justify = "right" if header.startswith(">") else "left"
-        grid.add_column(header.removeprefix(">"), justify=justify, overflow="fold")
+        right = header.startswith(">")
+        grid.add_column(header.removeprefix(">"), justify="right" if right else "left", overflow="fold")
     for row in cells:
         grid.add_row(*row)
     # A name such as "[red]" or ":smile:" is a name, not mark-up.

@@ -35,8 +35,8 @@ def list_all(pool: Pool, *, as_json: Json = False) -> None:
     if as_json:
         show.json_object(verb="subvolume list", subvolumes=[asdict(one) for one in found])
     else:
-        rows = [(one.id, one.parent, one.generation, one.inodes, one.path) for one in found]
-        show.table((">id", ">parent", ">generation", ">inodes", "path"), rows)
+        rows = [(one.id, one.parent, one.origin or "-", one.inodes, show.when(one.created), one.path) for one in found]
+        show.table((">id", ">parent", ">origin", ">inodes", "created", "path"), rows)
 
 
 @subvolume.command(epilog="Example: onecopy subvolume delete /dev/shm/p.pool /images-before")

@@ -28,7 +28,7 @@ def put(
     """Copy a file or a whole tree into the pool; holes stay holes."""
     import onecopy
 
-    with onecopy.open(pool) as fs, show.progress(f"put {src}") as progress:
+    with onecopy.open(pool) as fs, show.progress("put") as progress:
         dst = into(fs, os.path.abspath(src), dst)
         fs.put(src, dst, progress=progress)
     if as_json:
@@ -49,7 +49,7 @@ def get(
     name = src.rstrip("/").rpartition("/")[2]
     if Path(dst).is_dir():
         dst = os.path.join(dst, name)
-    with onecopy.open(pool, "r") as fs, show.progress(f"get {src}") as progress:
+    with onecopy.open(pool, "r") as fs, show.progress("get") as progress:
         fs.get(src, dst, progress=progress)
     if as_json:
         show.json_object(verb="get", src=src, dst=dst)

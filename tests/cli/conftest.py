@@ -10,6 +10,8 @@ from typer.testing import CliRunner
 
 from onecopy.cli.main import app
 
+# Output that is not buffered would hide what goes wrong when the buffers are written at the end.
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"} | {"TERM": "xterm"}
 PROGRAM = [sys.executable, "-c", "from onecopy.cli.main import run; run()"]
 
 
@@ -58,14 +60,10 @@ def program():
     """Start verbs in processes of their own; whatever still runs at the end is killed."""
     started = []
 
-    def start(*args, **options):
-        options = {
-            "stdout": subprocess.PIPE,
-            "stderr": subprocess.PIPE,
-            "env": os.environ | {"TERM": "xterm"},
-            **options,
-        }
-        process = subprocess.Popen([*PROGRAM, *map(str, args)], **options)
+    def start(*args, redirect="", env=None, stdout=subprocess.PIPE, stderr=subprocess.PIPE):
+        """Start a verb, with variables added to the environment and with redirections as a shell writes them."""
+        command = ["sh", "-c", f'exec "$@" {redirect}', "sh", *PROGRAM, *map(str, args)]
+        process = subprocess.Popen(command, env=ENVIRONMENT | (env or {}), stdout=stdout, stderr=stderr)
         started.append(process)
         return process
 

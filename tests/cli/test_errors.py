@@ -46,20 +46,24 @@ def test_what_is_not_a_pool_points_to_format(cli, tmp_path):
     assert "onecopy format" in cli.fails("ls", tmp_path / "text")["message"]
 
 
-@pytest.mark.parametrize(
-    "verb", [["ls", "relative"], ["put", "x", "relative"], ["clone", "/a", "b"], ["rm", "/a", "b"]]
-)
+@pytest.mark.parametrize("verb", [["ls", "relative"], ["put", "x", "relative"], ["clone", "/a", "b"], ["rm", "/a", "b"]])
 def test_paths_inside_a_pool_start_at_its_root(cli, pool, verb):
     error = cli.fails(*with_pool(verb, pool.path))
     assert error["type"] == "UsageError"
     assert "start with '/'" in error["message"]
 
 
-@pytest.mark.parametrize("args", [[], ["nonsense"], ["ls"], ["ls", "--nonsense", "p"], ["--nonsense"], ["subvolume"]])
+@pytest.mark.parametrize("args", [["nonsense"], ["ls"], ["ls", "--nonsense", "p"], ["--nonsense"]])
 def test_wrong_use_points_to_the_help(cli, args):
     error = cli.fails(*args)
     assert error["type"] == "UsageError"
     assert "--help'" in error["message"]
+
+
+@pytest.mark.parametrize("args", [[], ["subvolume"]])
+def test_a_missing_verb_points_to_the_help(cli, args):
+    assert cli(*args, status=2) == ""
+    assert cli.err == f"onecopy: Missing command; see '{' '.join(['onecopy', *args])} --help'\n"
 
 
 @pytest.mark.parametrize(
@@ -91,6 +95,7 @@ def test_a_truncated_pool_is_not_a_pool(cli, pool_path):
         onecopy.InvariantError("S6", "counted 3 owners, found 2"),
         PermissionError(errno.EACCES, "Permission denied", "/d"),
         OSError(errno.ELOOP, "Too many levels of symbolic links", "/a", None, "/b"),
+        OSError(errno.EBADF, "Bad file descriptor", 7),
         OSError("without a number"),
     ],
     ids=lambda error: type(error).__name__,
@@ -103,7 +108,7 @@ def test_every_error_of_the_system_is_one_line(cli, pool, monkeypatch, error):
     found = cli.fails("mkdir", pool.path, "/d")
     assert found["type"] == type(error).__name__
     assert found["errno"] == (errno.errorcode[error.errno] if error.errno else None)
-    assert found["paths"] == [path for path in (error.filename, error.filename2) if path]
+    assert found["paths"] == [str(name) for name in (error.filename, error.filename2) if name]
     assert cli.err == f"onecopy: {found['message']}\n"
 
 

@@ -26,7 +26,7 @@ def test_format_replaces_a_pool_only_when_forced(cli, pool_path):
     with onecopy.open(pool_path) as fs:
         fs.write("/kept", b"x")
     assert cli.fails("format", pool_path, "--size", "64M")["errno"] == "EEXIST"
-    assert "--force" in cli.err
+    assert "force" in cli.err
     with onecopy.open(pool_path) as fs:
         assert fs.exists("/kept")
     cli("format", pool_path, "--size", "64M", "--force")
@@ -63,3 +63,42 @@ def test_check_finds_nothing_in_a_sound_pool(cli, pool):
     assert "no findings" in cli("check", pool.path)
     found = cli.json("check", pool.path)
     assert found["ok"] and found["findings"] == [] and found["counted"]
+
+
+@pytest.fixture
+def damage(pool_path):
+    """Format a pool, and give a function that overwrites one of its pages."""
+    onecopy.format(pool_path, "64M")
+
+    def overwrite(pfn):
+        with open(pool_path, "r+b") as file:
+            file.seek(pfn * 4096)
+            file.write(b"\xa5" * 4096)
+
+    return overwrite
+
+
+def test_check_ends_with_1_when_it_finds_damage(cli, pool_path, damage):
+    damage(2)
+    assert cli("ls", pool_path) == ""
+    found = cli.json("check", pool_path, status=1)
+    assert not found["ok"]
+    assert {finding["code"] for finding in found["findings"]} == {"superblock"}
+    assert set(found["findings"][0]) == {"code", "where", "pfn", "expected", "actual", "message"}
+    lines = cli("check", pool_path, status=1).splitlines()
+    assert lines[0].split() == ["code", "pfn", "message"]
+    assert lines[1].startswith("superblock")
+    assert cli.err == ""
+
+
+def test_check_reads_a_pool_that_is_too_damaged_to_open(cli, pool_path, damage):
+    damage(1)
+    damage(2)
+    assert cli.fails("ls", pool_path)["type"] == "CorruptRecord"
+    assert "no-superblock" in [found["code"] for found in cli.json("check", pool_path, status=1)["findings"]]
+
+
+def test_check_of_what_is_no_pool_is_an_error(cli, tmp_path):
+    assert cli.fails("check", tmp_path / "none")["errno"] == "ENOENT"
+    (tmp_path / "text").write_text("something else\n" * 1000)
+    assert cli.fails("check", tmp_path / "text")["type"] == "NotAPool"

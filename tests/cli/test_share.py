@@ -49,8 +49,14 @@ def test_clone_range_shares_a_part(cli, pool, base):
     done = cli.json("clone", pool.path, "/base", "/part", "--range", "16K:8K@4K")
     assert done["range"] == {"src_offset": 4 * PAGE, "length": 2 * PAGE, "dst_offset": PAGE}
     assert pool.read("/part") == b"z" * PAGE + base[4 * PAGE : 6 * PAGE] + b"z" * (5 * PAGE)
-    cli("clone", pool.path, "/base", "/part", "--range", "0:4096")
-    assert pool.read("/part", 0, PAGE) == base[:PAGE]
+    cli("clone", pool.path, "/base", "/new", "--range", "0:4096")
+    assert pool.read("/new") == base[:PAGE]
+
+
+def test_clone_range_that_fails_leaves_no_file_behind(cli, pool, base):
+    assert cli.fails("clone", pool.path, "/base", "/new", "--range", "1:4096")["errno"] == "EINVAL"
+    assert cli.fails("clone", pool.path, "/none", "/new", "--range", "0:4096")["errno"] == "ENOENT"
+    assert pool.listdir("/") == ["base"]
 
 
 @pytest.mark.parametrize("text", ["4K", "4K:", ":4K", "a:b", "0:4K@", "-4K:4K"])
@@ -138,11 +144,10 @@ def test_du_of_a_file_has_no_children(cli, pool, base):
 def test_extents_show_each_run(cli, pool, base):
     pool.truncate("/base", 100 * PAGE)
     pool.allocate("/base", 80 * PAGE, 4 * PAGE)
+    pool.create("/clone")
     pool.clone_range("/base", 0, "/clone", 0, 16 * PAGE)
     found = cli.json("extents", pool.path, "/base")["extents"]
-    assert [run["file_page"] for run in found] == [
-        sum(run["pages"] for run in found[:index]) for index in range(len(found))
-    ]
+    assert [run["file_page"] for run in found] == [sum(run["pages"] for run in found[:index]) for index in range(len(found))]
     assert {run["state"] for run in found} == {"data", "hole", "unwritten"}
     assert found[0]["sharers"] == 2
     lines = cli("extents", pool.path, "/base").splitlines()

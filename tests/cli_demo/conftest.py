@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -32,13 +34,19 @@ def tree(tmp_path):
 
 
 @pytest.fixture
-def start(tmp_path):
-    """Start the demo in a session of its own, with its pool below tmp_path; what still runs at the end is killed."""
+def pools():
+    """Make a directory in shared memory for all that the demo makes."""
+    with tempfile.TemporaryDirectory(prefix="test-demo-", dir="/dev/shm") as path:
+        yield Path(path)
+
+
+@pytest.fixture
+def start(tmp_path, pools):
+    """Start the demo in a session of its own, with its pool in `pools`; what still runs at the end is killed."""
     started = []
-    (tmp_path / "pools").mkdir()
 
     def start(*args, **options):
-        places = ["--pool", str(tmp_path / "pools" / "p"), "--png", str(tmp_path / "demo.png")]
+        places = ["--pool", str(pools / "p"), "--png", str(tmp_path / "demo.png")]
         process = subprocess.Popen(
             [*PROGRAM, *places, *map(str, args)],
             **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "start_new_session": True, **options},
@@ -49,4 +57,4 @@ def start(tmp_path):
     yield start
     for process in started:
         process.kill()
-        process.communicate()
+        process.wait()

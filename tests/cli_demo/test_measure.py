@@ -86,9 +86,7 @@ def test_shared_memory_is_divided_by_pss_and_counted_once_by_frames(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(bytes(range(256)) * (PAGES * PAGE // 256))
     readers = [
-        subprocess.Popen(
-            [sys.executable, "-c", READER, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        subprocess.Popen([sys.executable, "-c", READER, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         for _ in range(2)
     ]
     memories = []

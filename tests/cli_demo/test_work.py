@@ -85,9 +85,7 @@ def input_of(*sizes):
     return [File(str(number), "", size, b"") for number, size in enumerate(sizes)]
 
 
-@pytest.mark.parametrize(
-    "sizes", [(1,), (0, 1), (PAGE * 1000, 5, 0, PAGE + 1, PAGE * 50), (7,) * 99, (PAGE * 900_000,)]
-)
+@pytest.mark.parametrize("sizes", [(1,), (0, 1), (PAGE * 1000, 5, 0, PAGE + 1, PAGE * 50), (7,) * 99, (PAGE * 900_000,)])
 def test_one_page_in_a_hundred_and_at_least_one_is_rewritten(sizes):
     files = input_of(*sizes)
     total = sum(file.pages for file in files)

@@ -1,0 +1,19 @@
+"""The comparisons of the project, one question per file.
+
+Each file runs alone (`python benchmarks/clone.py [--json] [--quick]`) or with all others (`onecopy bench`), and offers
+`measure(quick)`, which returns rows. What is compared runs side by side: in one process, in turn, in both orders, and
+the medians are set against each other. What this machine can't do is skipped, with the reason in the row.
+"""
+
+NAMES = (
+    "memory",
+    "clone",
+    "clone_fragmented",
+    "snapshot",
+    "first_read",
+    "map_fragmented",
+    "put",
+    "directory",
+    "open_pool",
+    "dedupe",
+)

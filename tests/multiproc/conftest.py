@@ -1,0 +1,5 @@
+"""Fixtures of the tests with several processes."""
+
+from .processes import start
+
+__all__ = ["start"]
