@@ -1,6 +1,7 @@
 """Units: pages, page frame numbers and human sizes. Everything else counts in these."""
 
 import re
+from fractions import Fraction
 from typing import NewType
 
 from onecopy.daxemu.errors import invalid
@@ -30,13 +31,13 @@ def parse_size(text: str | int) -> int:
     match = _SIZE.fullmatch(text)
     if not match:
         raise invalid(f"{text!r} is not a size: write bytes or a number with K, M, G or T, as in 8G")
-    return int(float(match[1]) * _SUFFIXES[match[2].upper()])
+    return int(Fraction(match[1]) * _SUFFIXES[match[2].upper()])
 
 
 def format_size(size: float) -> str:
     """Return `size` bytes for people: '8.0 GiB'."""
     for suffix in ("B", "KiB", "MiB", "GiB"):
-        if abs(size) < 1024:
+        if abs(size) < 1023.95:  # what rounds to 1024.0 is 1.0 of the next unit
             return f"{size:.0f} B" if suffix == "B" else f"{size:.1f} {suffix}"
         size /= 1024
     return f"{size:.1f} TiB"

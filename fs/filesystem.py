@@ -21,6 +21,7 @@ from onecopy.daxemu.slots import User
 from onecopy.daxemu.units import PAGE
 from onecopy.fs import content, namei, sharing
 from onecopy.fs import directory as directories
+from onecopy.fs import fork as _fork  # noqa: F401 - registers what happens at fork
 from onecopy.fs import inode as inodes
 from onecopy.fs.btree import ROOTS
 from onecopy.fs.directory import FILE, SUBVOLUME

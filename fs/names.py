@@ -182,14 +182,15 @@ class Names:
         if place.kind not in (DIRECTORY, SUBVOLUME):
             raise posix(errno.ENOTDIR, path)
         nested = {one.path for one in self.list_subvolumes()}
-        done = 0
-        for folder, _, files in list(self.walk(path))[::-1]:
+        tree = list(self.walk(path))[::-1]
+        done, total = 0, sum(len(files) for _, _, files in tree)
+        for folder, _, files in tree:
             for at in range(0, len(files), _REMOVE_BATCH):
                 batch = files[at : at + _REMOVE_BATCH]
                 self._mount.run(functools.partial(self._unlink_all, folder=folder, names=batch), reserve=True)
                 done += len(batch)
                 if progress:
-                    progress(done, done, "files")
+                    progress(done, total, "files")
             if folder in nested:
                 self.delete_subvolume(folder)
             elif folder != "/":

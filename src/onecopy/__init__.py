@@ -11,35 +11,64 @@ same frames, so a shared page is in memory once.
     ...     a = fs.array("/run1.npy")
 """
 
-from importlib.metadata import version as _version
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-from onecopy.daxemu.errors import (
-    CorruptRecord,
-    CrossSubvolume,
-    InvariantError,
-    NoSpace,
-    NotAPool,
-    OneCopyError,
-    PoolBusy,
-    PoolVersionError,
-    ReadOnly,
-    RuntimeLost,
-    SpecialFile,
-)
-from onecopy.daxemu.mapping import Mapping
-from onecopy.daxemu.slots import User
-from onecopy.daxemu.units import PAGE, format_size, parse_size
-from onecopy.fs import fork as _fork  # registers itself
-from onecopy.fs.check import CheckReport, Finding
-from onecopy.fs.dedupe import DedupeFile, DedupeReport
-from onecopy.fs.filesystem import FileSystem, PoolInfo
-from onecopy.fs.lifecycle import check, format, open, remove
-from onecopy.fs.names import DirEntry, SubvolumeInfo
-from onecopy.fs.usage import Extent, Usage
+if TYPE_CHECKING:
+    from onecopy.daxemu.errors import (
+        CorruptRecord,
+        CrossSubvolume,
+        InvariantError,
+        NoSpace,
+        NotAPool,
+        OneCopyError,
+        PoolBusy,
+        PoolVersionError,
+        ReadOnly,
+        RuntimeLost,
+        SpecialFile,
+    )
+    from onecopy.daxemu.mapping import Mapping
+    from onecopy.daxemu.slots import User
+    from onecopy.daxemu.units import PAGE, format_size, parse_size
+    from onecopy.fs.check import CheckReport, Finding
+    from onecopy.fs.dedupe import DedupeFile, DedupeReport
+    from onecopy.fs.filesystem import FileSystem, PoolInfo
+    from onecopy.fs.lifecycle import check, format, open, remove
+    from onecopy.fs.names import DirEntry, SubvolumeInfo
+    from onecopy.fs.usage import Extent, Usage
 
-__version__ = _version("onecopy")
+    __version__: str
 
-del _fork
+_HOMES = {
+    "daxemu.errors": "CorruptRecord CrossSubvolume InvariantError NoSpace NotAPool OneCopyError PoolBusy PoolVersionError "
+    "ReadOnly RuntimeLost SpecialFile",
+    "daxemu.mapping": "Mapping",
+    "daxemu.slots": "User",
+    "daxemu.units": "PAGE format_size parse_size",
+    "fs.check": "CheckReport Finding",
+    "fs.dedupe": "DedupeFile DedupeReport",
+    "fs.filesystem": "FileSystem PoolInfo",
+    "fs.lifecycle": "check format open remove",
+    "fs.names": "DirEntry SubvolumeInfo",
+    "fs.usage": "Extent Usage",
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
+
+
+def __getattr__(name: str) -> object:
+    # Names load at first use: `onecopy --help` and shell completion need neither numpy nor the trees.
+    if name == "__version__":
+        from importlib.metadata import version
+
+        value: object = version("onecopy")
+    elif name in _HOME:
+        value = getattr(import_module(f"onecopy.{_HOME[name]}"), name)
+    else:
+        raise AttributeError(f"module 'onecopy' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
 
 __all__ = [
     "PAGE",

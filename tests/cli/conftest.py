@@ -6,12 +6,14 @@ import subprocess
 import sys
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from onecopy.cli.main import app
 
 # Output that is not buffered would hide what goes wrong when the buffers are written at the end.
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"} | {"TERM": "xterm"}
+VERBS = typer.main.get_command(app)  # built once; CliRunner.invoke would build it for each call
 PROGRAM = [sys.executable, "-c", "from onecopy.cli.main import run; run()"]
 
 
@@ -25,13 +27,15 @@ class Cli:
         return self.raw(*args, status=status).decode()
 
     def raw(self, *args, status=0):
-        result = CliRunner().invoke(app, [str(arg) for arg in args])
-        if result.exception is not None and not isinstance(result.exception, SystemExit):
-            raise result.exception
-        self.err = result.stderr
-        assert result.exit_code == status, result.output
+        with CliRunner().isolation() as (out, err, _):
+            with pytest.raises(SystemExit) as end:
+                VERBS.main([str(arg) for arg in args])
+            sys.stdout.flush()
+            sys.stderr.flush()
+            found, self.err = out.getvalue(), err.getvalue().decode()
+        assert end.value.code == status, self.err or found
         assert "Traceback" not in self.err
-        return result.stdout_bytes
+        return found
 
     def json(self, *args, status=0):
         """Run a verb with --json and return its one object, without the schema number."""

@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Iterator
 
-import onecopy
 import pytest
+
+import onecopy
 from onecopy.daxemu.pool import Pool
 
 from ..multiproc.processes import start

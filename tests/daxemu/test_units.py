@@ -3,10 +3,11 @@
 import errno
 import os
 
-import onecopy
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
+import onecopy
 from onecopy.daxemu import errors
 from onecopy.daxemu.record import Record, checksum
 from onecopy.daxemu.units import PAGE, format_size, pages_of, parse_size
@@ -28,7 +29,8 @@ def test_what_is_no_size(text):
 
 
 @pytest.mark.parametrize(
-    ("size", "text"), [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (8 << 30, "8.0 GiB"), (-2048, "-2.0 KiB"), (1 << 50, "1024.0 TiB")]
+    ("size", "text"),
+    [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (8 << 30, "8.0 GiB"), (-2048, "-2.0 KiB"), (1 << 50, "1024.0 TiB")],
 )
 def test_sizes_for_people(size, text):
     assert format_size(size) == text

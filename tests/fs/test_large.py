@@ -103,7 +103,7 @@ def test_generic_176_clone_of_a_file_of_as_many_extents(roomy, count):
     assert _used(fs) == empty
 
 
-@_sizes(30_000, 1_000_000)
+@_sizes(12_000, 1_000_000)
 def test_generic_447_deletion_of_as_many_reference_counts(roomy, count):
     """Three files share all pages, one of them every other page only: each page has another count than its neighbours."""
     fs = roomy(count * PAGE + (96 << 20))
@@ -153,7 +153,7 @@ def test_a_clone_of_a_tree_of_as_many_files(roomy, count):
 @pytest.mark.parametrize("synced", [False, True])
 def test_generic_301_302_random_rewriting_leaves_few_extents(roomy, synced):
     """Fewer than two thirds of the blocks: single pages, rewritten in random order, come to lie beside each other."""
-    fs, pages, dice = roomy("64M"), 2048, random.Random(301)
+    fs, pages, dice = roomy("64M"), 512, random.Random(301)
     fs.write("/file1", bytes(pages * PAGE + 1))
     fs.clone("/file1", "/file2")
     for _ in range(8):

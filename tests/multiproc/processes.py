@@ -12,6 +12,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import pytest
+
 from onecopy.daxemu import steps
 
 PATIENCE = 120  # seconds without a word after which a process counts as hung
