@@ -1,7 +1,8 @@
 """Pins: which frames are mapped, by whom (S5). A pinned frame is neither handed out again nor stored into.
 
-The truth is one list of runs per slot; the PINNED bit of a frame only says that a list may name it. A holder's death
-drops its list; the bits are then recomputed from the lists that are left. All under the transaction lock.
+The truth is one list of runs per slot, in which a process keeps the places of its mappings' runs; the PINNED bit of a frame
+only says that a list may name it. A holder's death drops its list; the bits are then recomputed from the lists that are
+left. All under the transaction lock.
 """
 
 import errno
@@ -9,7 +10,7 @@ import errno
 import numpy as np
 import numpy.typing as npt
 
-from onecopy.blkcache.frames import PINNED, Frames, Run, cut_runs, pack_run
+from onecopy.blkcache.frames import PINNED, Frames, Run, pack_run
 from onecopy.blkcache.limbo import Limbo
 from onecopy.daxemu import slots
 from onecopy.daxemu.errors import OneCopyError
@@ -26,34 +27,52 @@ class Pins:
     def _list(self, slot: int) -> int:
         return self.runtime.layout.pins // 8 + slot * PINS
 
-    def write(self, slot: int, runs: list[Run]) -> None:
-        """Make `runs` the slot's list and set their bits; bits of runs dropped from the list stay until `settle`.
+    def add(self, slot: int, runs: list[Run], places: list[int]) -> None:
+        """Pin `runs` for `slot`: write them to free `places` of its list, one each, and set their bits.
 
-        OneCopyError (ENOMEM) when there are more runs than a list holds; NoSpace when /dev/shm is full.
+        OneCopyError (ENOMEM) past the end of the list; NoSpace when /dev/shm is full.
         """
-        runs = cut_runs(runs)
-        if len(runs) > PINS:
-            raise OneCopyError(f"{len(runs)} mapped runs; a process can pin {PINS}", code=errno.ENOMEM)
+        end = max(places, default=-1) + 1
+        if end > PINS:
+            raise OneCopyError(f"{end} mapped runs; a process can pin {PINS}", code=errno.ENOMEM)
         words, first = self.runtime.words, self._list(slot)
-        self.runtime.reserve(slots.pins_room_word(self.runtime, slot), first * 8, len(runs) * 8)
-        for i, (pfn, pages) in enumerate(runs):
-            words[first + i] = pack_run(pfn, pages)
+        self.runtime.reserve(slots.pins_room_word(self.runtime, slot), first * 8, end * 8)
+        for place, (pfn, pages) in zip(places, runs, strict=True):
+            words[first + place] = pack_run(pfn, pages)
             self.frames.array[pfn : pfn + pages] |= np.uint8(PINNED)
         reach("pins listed")
         # A death before this store leaves bits without a list; the dead slot's reaping clears them.
-        words[slots.pins_word(self.runtime, slot)] = len(runs)
+        count = slots.pins_word(self.runtime, slot)
+        words[count] = max(words[count], end)
+
+    def drop(self, slot: int, runs: list[Run], places: list[int]) -> None:
+        """Unpin what was added at `places`; free the frames that only waited for that."""
+        words, first = self.runtime.words, self._list(slot)
+        for place in places:
+            words[first + place] = 0  # a run of no pages
+        if runs:
+            self.settle(min(pfn for pfn, _ in runs), max(pfn + pages for pfn, pages in runs))
+
+    def copy(self, slot: int, other: int) -> None:
+        """Pin for slot `other` all that `slot` pins, at the same places. NoSpace when /dev/shm is full."""
+        words, first, target = self.runtime.words, self._list(slot), self._list(other)
+        count = words[slots.pins_word(self.runtime, slot)]
+        self.runtime.reserve(slots.pins_room_word(self.runtime, other), target * 8, count * 8)
+        words[target : target + count] = words[first : first + count]
+        words[slots.pins_word(self.runtime, other)] = count
 
     def pinned(self, low: int, high: int) -> npt.NDArray[np.bool_]:
         """Return, for each frame of [low, high), whether a list names it."""
         depth = np.zeros(high - low + 1, np.int32)
+        words = np.frombuffer(self.runtime.words, np.uint64)
         for slot in slots.taken(self.runtime):
-            count = self.runtime.words[slots.pins_word(self.runtime, slot)]
-            packed = np.array(self.runtime.words[self._list(slot) : self._list(slot) + count], np.uint64)
-            start = (packed & np.uint64((1 << 40) - 1)).astype(np.int64)
-            end = np.clip(start + (packed >> np.uint64(40)).astype(np.int64), low, high) - low
-            start = np.clip(start, low, high) - low
-            np.add.at(depth, start, 1)
-            np.add.at(depth, end, -1)
+            first = self._list(slot)
+            packed = words[first : first + self.runtime.words[slots.pins_word(self.runtime, slot)]]
+            start = (packed & np.uint64((1 << 40) - 1)).view(np.int64)
+            end = start + (packed >> np.uint64(40)).view(np.int64)
+            here = (start < high) & (end > low)
+            np.add.at(depth, np.maximum(start[here], low) - low, 1)
+            np.add.at(depth, np.minimum(end[here], high) - low, -1)
         mask: npt.NDArray[np.bool_] = np.cumsum(depth[:-1]) > 0
         return mask
 

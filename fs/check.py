@@ -142,7 +142,7 @@ class Checker:
                 stack += [(int(c), level - 1, edges[n], edges[n + 1] - 1) for n, c in reversed(list(enumerate(rest)))]
             else:
                 leaves.append((pfn if first_visit else -pfn, keys, rest))
-        self.leaves[root] = leaves
+        self.leaves[root] = [(-abs(pfn), keys, rest) for pfn, keys, rest in leaves]  # from now on, seen before
         return leaves
 
     def node(self, kind: int, pfn: int, level: int | None, where: str) -> tuple[int, _Array, _Array, bool] | None:

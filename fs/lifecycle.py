@@ -113,7 +113,7 @@ def sweep() -> list[str]:
         try:
             fd = open_private(path, os.O_RDWR)
         except OSError as error:
-            if error.errno in (errno.ENOENT, errno.EACCES, errno.ELOOP):
+            if error.errno in (errno.ENOENT, errno.EACCES, errno.ELOOP, errno.EISDIR, errno.ENXIO):
                 continue
             raise
         try:

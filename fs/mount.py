@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from onecopy.blkcache.frames import DIRTY, FRESH, NODE, USED, Frames, Run
+from onecopy.blkcache.frames import DIRTY, FRESH, NODE, USED, Frames, Run, cut_runs
 from onecopy.blkcache.limbo import INTENT_RECLAIM, Limbo
 from onecopy.blkcache.pins import Pins
 from onecopy.daxemu import slots
@@ -119,7 +119,9 @@ class Mount:
             raise
         self.view = View(self.runtime, self.pool, self.runtime.atomic.load(_LIVE))
         # Of each mapping, the runs it pins. Keys are never used again: one may still be waiting in `_dropped`.
-        self.mappings: dict[int, list[Run]] = {}
+        self.mappings: dict[int, tuple[list[Run], list[int]]] = {}  # the runs, and their places in our pin list
+        self._free_places: list[int] = []
+        self._places = itertools.count()
         self._keys = itertools.count()
         self._dropped: deque[int] = deque()
         self.child_slot: Slot | None = None
@@ -297,9 +299,11 @@ class Mount:
             runs = [(page, pfn, pages) for page, pfn, pages, _ in extents.clip(found, 0, -(-inode.size // 4096))]
             mapping = Mapping(inode.size, runs, path)
             key = next(self._keys)
-            self.mappings[key] = [(pfn, pages) for _, pfn, pages in mapping.runs]
+            pinned = cut_runs([(pfn, pages) for _, pfn, pages in mapping.runs])
+            places = [self._free_places.pop() if self._free_places else next(self._places) for _ in pinned]
+            self.mappings[key] = pinned, places
             try:
-                self._write_pins()
+                self.pins.add(self.slot.index, pinned, places)
                 mapping.attach(self.pool, lambda _: self._ended(key))
             except BaseException:
                 self._dropped.append(key)
@@ -316,9 +320,6 @@ class Mount:
             mapping.map(file.fileno(), np.array([0, 0, 1], np.uint64).tobytes())
         return mapping
 
-    def _write_pins(self) -> None:
-        self.pins.write(self.slot.index, [run for runs in self.mappings.values() for run in runs])
-
     def _ended(self, key: int) -> None:
         """A mapping was closed or collected; in whatever thread, perhaps in the middle of something: never wait."""
         self._dropped.append(key)
@@ -332,11 +333,13 @@ class Mount:
     def _unpin(self) -> None:
         """Take the ended mappings' runs off our list. The caller holds the lock, with no transaction begun."""
         gone: list[Run] = []
+        free: list[int] = []
         while self._dropped:
-            gone += self.mappings.pop(self._dropped.popleft(), [])
-        if gone:
-            self._write_pins()
-            self.pins.settle(min(pfn for pfn, _ in gone), max(pfn + pages for pfn, pages in gone))
+            runs, places = self.mappings.pop(self._dropped.popleft())
+            gone += runs
+            free += places
+        self.pins.drop(self.slot.index, gone, free)
+        self._free_places += free
         if self.closed and not self.mappings:
             self._detach()
 
@@ -347,7 +350,7 @@ class Mount:
         self.pins.reap()
         slot = slots.claim(self.runtime)
         try:
-            self.pins.write(slot.index, [run for runs in self.mappings.values() for run in runs])
+            self.pins.copy(self.slot.index, slot.index)
         except BaseException:
             slot.release()
             raise

@@ -240,6 +240,7 @@ def test_snapshots_cost_nothing_and_pages_are_counted_once(twin):
             twin.files[f"/snap{n}/{name}"] = bytearray(twin.files[f"/images/{name}"])
     assert twin.used() - before <= NODES
     assert twin.frames() == 400
+    assert twin.fs.check().findings == []
     assert twin.sharers("/snap3/7") == [6] * 20
     twin.fill("/snap3/7", 0, PAGE)
     assert twin.sharers("/snap3/7") == [1] + [6] * 19
