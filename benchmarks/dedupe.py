@@ -1,90 +1,129 @@
 """How fast are equal pages found and shared, and how much does it free?
 
-1 GiB in 16 files, of which 8 are copies of the other 8: `dedupe` of the pool that holds them, and a sync, next to
-`duperemove -d` of the same files on XFS. Both compare all bytes before they share them, and read them from memory.
-What was freed is what the file system says it has more of.
+1 GiB in 16 files, half of it equal: 8 files are copies of the other 8, or consist of their 64 KiB pieces in another
+order. `dedupe` of the pool that holds them, and a sync, stand next to `duperemove -d` of the same files on XFS, as it
+comes and with blocks of one page, which is what `dedupe` compares. All compare the bytes before they share them, and
+read them from memory. Freed is what the file system says it has more of; for the pool, what `dedupe` reports, with the
+pool's own word in the note, since the trees may grow.
 """
 
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from time import perf_counter_ns
 
 import onecopy
-from onecopy import FileSystem
+from onecopy import PAGE, FileSystem
 from onecopy.benchmarks import harness
-from onecopy.benchmarks.harness import GiB, MiB, Reach, Row
+from onecopy.benchmarks.harness import GiB, KiB, MiB, Reach, Row, Timed
 
-FILES = 16
+FILES, PIECE = 16, 64 * KiB
 FASTER = Reach("ratio", "at least", 5)
 FREED = Reach("ratio", "at least", 1)
-PEER = "duperemove -d on XFS"
+AS_IT_COMES: list[str] = []
+BY_PAGE = ["-b", "4096", "--dedupe-options=partial"]
+BY_PAGE_ANYWHERE = ["-b", "4096", "--dedupe-options=partial,nofiemap"]
 
 
 def measure(quick: bool) -> list[Row]:
     size = 64 * MiB if quick else GiB
-    work = f"dedupe of {onecopy.format_size(size)}, half of it equal"
-    freed_ours: list[int] = []
-    freed_theirs: list[int] = []
-    try:
-        harness.require_memory(3 * size)
-    except harness.SkippedError as reason:
-        return [harness.row(work, PEER, None, None, "GB/s", reach=FASTER, skipped=str(reason))]
+    rows = []
+    for equal, make, options, rounds in (
+        ("copies of files", make_copies, (AS_IT_COMES, BY_PAGE), 4),
+        ("pieces of 64 KiB in another order", make_pieces, (AS_IT_COMES, BY_PAGE_ANYWHERE), 2),
+    ):
+        work = f"dedupe of {onecopy.format_size(size)}, half of it {equal}"
+        try:
+            harness.require_memory(3 * size)
+            rows += compare(work, make, size, options, 1 if quick else rounds)
+        except harness.SkippedError as reason:
+            rows.append(harness.row(work, "duperemove", None, None, "GB/s", reach=FASTER, skipped=str(reason)))
+    return rows
+
+
+def compare(
+    work: str, make: Callable[[Path, int], None], size: int, options: tuple[list[str], ...], rounds: int
+) -> list[Row]:
+    """Measure one input; return rows of speed and of what was freed for each way to call the peer."""
+    reported: list[int] = []
+    net: list[int] = []
+    freed: list[list[int]] = [[] for _ in options]
     with (
         harness.open_pool(size + 256 * MiB) as fs,
         harness.kernel_filesystem("xfs", size + 512 * MiB) as xfs,
         harness.folder() as host,
     ):
-        make_files(host / "files", size)
+        files = host / "files"
+        files.mkdir()
+        make(files, size)
         program, root = harness.program("duperemove"), xfs.root
         missing = xfs.missing or ("" if program else "duperemove is not installed")
-        ours, theirs = harness.alternate(
-            1 if quick else 4,
-            lambda: [dedupe(fs, host / "files", freed_ours)],
-            (lambda: [duperemove(program, host / "files", root, freed_theirs)]) if program and root else None,
-        )
-    note = harness.spread(1e-9, ours_s=ours, against_s=theirs)
-    speeds = harness.speed(size, ours), harness.speed(size, theirs)
-    freed = [harness.scaled(harness.median(found), 1 / MiB) for found in (freed_ours, freed_theirs)]
-    return [
-        harness.row(work, PEER, *speeds, "GB/s", reach=FASTER, note=note, skipped=missing),
-        harness.row(f"{work}: freed", PEER, *freed, "MiB", reach=FREED, skipped=missing),
-    ]
+        peers: list[Timed | None] = [None] * len(options)
+        if program and root:
+            peers = [
+                lambda words=[program, "-r", "-d", *some], found=found: [duperemove(words, files, root, found)]
+                for some, found in zip(options, freed, strict=True)
+            ]
+        ours, *theirs = harness.alternate(rounds, lambda: [dedupe(fs, files, reported, net)], *peers)
+    rows = []
+    for some, times, found in zip(options, theirs, freed, strict=True):
+        peer = " ".join(["duperemove -d", *some, "on XFS"])
+        speeds = harness.speed(size, ours), harness.speed(size, times)
+        sizes = [harness.scaled(harness.median(one), 1 / MiB) for one in (reported, found)]
+        note = harness.spread(1e-9, ours_s=ours, against_s=times)
+        rows.append(harness.row(work, peer, *speeds, "GB/s", reach=FASTER, note=note, skipped=missing))
+        note = f"{onecopy.format_size(max(net))} more free"
+        rows.append(harness.row(f"{work}: freed", peer, *sizes, "MiB", reach=FREED, note=note, skipped=missing))
+    return rows
 
 
-def make_files(folder: Path, size: int) -> None:
-    """Make the files: each with random bytes, and a copy of it."""
-    folder.mkdir()
+def make_copies(folder: Path, size: int) -> None:
+    """Make files with random bytes, and a copy of each."""
     for number in range(FILES // 2):
         harness.write_random(folder / f"{number}", size // FILES)
         shutil.copyfile(folder / f"{number}", folder / f"{number}-copy")
 
 
-def dedupe(fs: FileSystem, files: Path, freed: list[int]) -> int:
+def make_pieces(folder: Path, size: int) -> None:
+    """Make files with random bytes, and as many of their pieces, each once, in random order."""
+    make_copies(folder, size)
+    length = size // FILES
+    pieces = [(number, at) for number in range(FILES // 2) for at in range(0, length, PIECE)]
+    random.Random(0).shuffle(pieces)
+    sources = [(folder / f"{number}").read_bytes() for number in range(FILES // 2)]
+    for number in range(FILES // 2):
+        with open(folder / f"{number}-copy", "wb") as file:
+            for source, at in pieces[number :: FILES // 2]:
+                file.write(sources[source][at : at + PIECE])
+
+
+def dedupe(fs: FileSystem, files: Path, reported: list[int], net: list[int]) -> int:
     """Put the files into the pool, dedupe them and remove them; return how long the second took."""
-
-    def work() -> None:
-        fs.dedupe(apply=True)
-        fs.sync()
-
     fs.put(files, "/files")
     fs.sync()
     before = fs.info().free_pages
-    took = harness.nanoseconds(work)
-    freed.append((fs.info().free_pages - before) * onecopy.PAGE)
+    start = perf_counter_ns()
+    report = fs.dedupe(apply=True)
+    fs.sync()
+    took = perf_counter_ns() - start
+    reported.append(report.freed_bytes)
+    net.append((fs.info().free_pages - before) * PAGE)
     fs.rmtree("/files")
     fs.sync()
     return took
 
 
-def duperemove(program: str, files: Path, root: Path, freed: list[int]) -> int:
-    """Do the same on a kernel file system with `duperemove`."""
+def duperemove(words: list[str], files: Path, root: Path, freed: list[int]) -> int:
+    """Do the same on a kernel file system with a command."""
     shutil.copytree(files, root / "files")
     os.sync()
     before = os.statvfs(root)
-    command = [program, "-r", "-d", str(root / "files")]
+    command = [*words, str(root / "files")]
     took = harness.nanoseconds(lambda: subprocess.run(command, check=True, capture_output=True))
     os.sync()
     freed.append((os.statvfs(root).f_bfree - before.f_bfree) * before.f_frsize)

@@ -58,14 +58,14 @@ class Reach:
         """Return the aim in words."""
         return f"{self.sense} {self.limit:g}" + (f" {unit}" if self.of == "ours" else " times")
 
-    def met(self, ours: float | None, ratio: float | None) -> bool | None:
-        """Return whether the figures reach the aim; None where the one that counts is missing."""
-        figure = ratio if self.of == "ratio" else ours
-        if figure is None:
+    def met(self, ours: float | None, against: float | None) -> bool | None:
+        """Return whether the figures reach the aim; None where one that counts is missing."""
+        scale = against if self.of == "ratio" else 1
+        if ours is None or scale is None:
             return None
         if self.sense == "at least":
-            return figure >= self.limit
-        return figure < self.limit if self.sense == "under" else figure <= self.limit
+            return ours >= self.limit * scale
+        return ours < self.limit if self.sense == "under" else ours <= self.limit * scale
 
 
 class SkippedError(Exception):
@@ -86,7 +86,7 @@ def row(
     """Make a row: works out the ratio and whether the aim is met."""
     ratio = ours / against if ours is not None and against else None
     text = reach.text(unit) if reach else ""
-    met = reach.met(ours, ratio) if reach else None
+    met = reach.met(ours, against) if reach else None
     return Row(question, peer, ours, against, unit, ratio, text, met, note, skipped)
 
 
@@ -303,7 +303,7 @@ def number(figure: float | None) -> str:
     """Return a figure with three digits that count; "-" for None."""
     if figure is None:
         return "-"
-    return f"{figure:,.0f}" if abs(figure) >= 1000 else f"{figure:.3g}"
+    return f"{figure:,.0f}" if abs(figure) >= 1000 else f"{figure:.4g}"
 
 
 def verdict(one: Row) -> str:

@@ -5,15 +5,12 @@ only says that a list may name it. A holder's death drops its list; the bits are
 left. All under the transaction lock.
 """
 
-import errno
-
 import numpy as np
 import numpy.typing as npt
 
 from onecopy.blkcache.frames import PINNED, Frames, Run, pack_run
 from onecopy.blkcache.limbo import Limbo
 from onecopy.daxemu import slots
-from onecopy.daxemu.errors import OneCopyError
 from onecopy.daxemu.runtime import PINS
 from onecopy.daxemu.steps import reach
 
@@ -30,11 +27,9 @@ class Pins:
     def add(self, slot: int, runs: list[Run], places: list[int]) -> None:
         """Pin `runs` for `slot`: write them to free `places` of its list, one each, and set their bits.
 
-        OneCopyError (ENOMEM) past the end of the list; NoSpace when /dev/shm is full.
+        NoSpace when /dev/shm is full.
         """
         end = max(places, default=-1) + 1
-        if end > PINS:
-            raise OneCopyError(f"{end} mapped runs; a process can pin {PINS}", code=errno.ENOMEM)
         words, first = self.runtime.words, self._list(slot)
         self.runtime.reserve(slots.pins_room_word(self.runtime, slot), first * 8, end * 8)
         for place, (pfn, pages) in zip(places, runs, strict=True):
@@ -46,10 +41,12 @@ class Pins:
         words[count] = max(words[count], end)
 
     def drop(self, slot: int, runs: list[Run], places: list[int]) -> None:
-        """Unpin what was added at `places`; free the frames that only waited for that."""
+        """Unpin what was added at `places`, or should have been; free the frames that only waited for that."""
         words, first = self.runtime.words, self._list(slot)
+        count = words[slots.pins_word(self.runtime, slot)]
         for place in places:
-            words[first + place] = 0  # a run of no pages
+            if place < count:  # else it may have no storage
+                words[first + place] = 0  # a run of no pages
         if runs:
             self.settle(min(pfn for pfn, _ in runs), max(pfn + pages for pfn, pages in runs))
 

@@ -24,7 +24,7 @@ from onecopy.daxemu.locks import RankedLock, reopen, try_mount
 from onecopy.daxemu.mapping import Mapping
 from onecopy.daxemu.persist import persistence_of
 from onecopy.daxemu.pool import Pool
-from onecopy.daxemu.runtime import W, attach, finish, open_lock, runtime_paths
+from onecopy.daxemu.runtime import PINS, W, attach, finish, open_lock, runtime_paths
 from onecopy.daxemu.slots import Slot
 from onecopy.daxemu.steps import reach
 from onecopy.fs import counts, extents, rebuild, superblock
@@ -121,7 +121,7 @@ class Mount:
         # Of each mapping, the runs it pins. Keys are never used again: one may still be waiting in `_dropped`.
         self.mappings: dict[int, tuple[list[Run], list[int]]] = {}  # the runs, and their places in our pin list
         self._free_places: list[int] = []
-        self._places = itertools.count()
+        self._used_places = 0  # the list's length, free places included
         self._keys = itertools.count()
         self._dropped: deque[int] = deque()
         self.child_slot: Slot | None = None
@@ -300,7 +300,7 @@ class Mount:
             mapping = Mapping(inode.size, runs, path)
             key = next(self._keys)
             pinned = cut_runs([(pfn, pages) for _, pfn, pages in mapping.runs])
-            places = [self._free_places.pop() if self._free_places else next(self._places) for _ in pinned]
+            places = self._take_places(len(pinned))
             self.mappings[key] = pinned, places
             try:
                 self.pins.add(self.slot.index, pinned, places)
@@ -310,6 +310,15 @@ class Mount:
                 self._unpin()
                 raise
             return mapping
+
+    def _take_places(self, count: int) -> list[int]:
+        """Return free places of our pin list. OneCopyError (ENOMEM) when it has too few."""
+        free, used = self._free_places, self._used_places
+        if count > len(free) + PINS - used:
+            raise OneCopyError(f"{used - len(free) + count} mapped runs; a process can pin {PINS}", code=errno.ENOMEM)
+        self._used_places = max(used, used + count - len(free))
+        places = [free.pop() for _ in range(min(count, len(free)))]
+        return places + list(range(used, used + count - len(places)))
 
     def _map_content(self, inode: Inode, path: str) -> Mapping:
         """Content that lies in the inode has no frame: show a sealed page that holds a copy."""
@@ -335,7 +344,7 @@ class Mount:
         gone: list[Run] = []
         free: list[int] = []
         while self._dropped:
-            runs, places = self.mappings.pop(self._dropped.popleft())
+            runs, places = self.mappings.pop(self._dropped.popleft(), ([], []))
             gone += runs
             free += places
         self.pins.drop(self.slot.index, gone, free)

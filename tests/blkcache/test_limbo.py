@@ -90,14 +90,14 @@ def test_every_reader_gets_what_it_needs(mount):
 def test_what_is_pinned_waits_for_its_mapping(mount, runs):
     before = used(mount)
     with mount.lock:
-        mount.pins.write(mount.slot.index, [(runs[4][0] + 1, 2), runs[0]])
+        some = [(runs[4][0] + 1, 2), runs[0]]
+        mount.pins.add(mount.slot.index, some, [0, 1])
     free(mount, *runs)
     mount.sync()
     pinned = {runs[4][0] + 1, runs[4][0] + 2, runs[0][0]}
     assert used(mount) == before - set(expand(runs)) | pinned and waiting(mount) == 3
     with mount.lock:
-        mount.pins.write(mount.slot.index, [])
-        mount.pins.settle()
+        mount.pins.drop(mount.slot.index, some, [0, 1])
     assert used(mount) == before - set(expand(runs)) and waiting(mount) == 0
     assert_counted(mount)
 
@@ -105,10 +105,10 @@ def test_what_is_pinned_waits_for_its_mapping(mount, runs):
 def test_what_is_durable_and_pinned_waits_for_both(mount, runs):
     mount.sync()
     with mount.lock:
-        mount.pins.write(mount.slot.index, runs)
+        mount.pins.add(mount.slot.index, runs, list(range(len(runs))))
     free(mount, *runs)
     with mount.lock:
-        mount.pins.write(mount.slot.index, [])
+        mount.pins.drop(mount.slot.index, runs, list(range(len(runs))))
         mount.pins.settle()
     assert waiting(mount) == 15, "unpinned first, durable still"
     assert all(mount.frames.array[pfn] & (USED | LIMBO) == USED | LIMBO for pfn in expand(runs))

@@ -9,10 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import onecopy
-from onecopy.blkcache import pins
 from onecopy.blkcache.frames import MAX_RUN, PINNED
 from onecopy.daxemu.units import PAGE
-from onecopy.fs import extents, namei
+from onecopy.fs import extents, mount, namei
 from onecopy.fs import inode as inodes
 
 from ..multiproc.processes import die
@@ -154,12 +153,12 @@ def test_more_runs_than_a_process_can_pin_is_enomem(fs, monkeypatch):
     for page in range(0, 12, 2):
         fs.write("/holes", b"x" * PAGE, page * PAGE)
     with monkeypatch.context() as patch:
-        patch.setattr(pins, "PINS", 5)
+        patch.setattr(mount, "PINS", 5)
         with pytest.raises(onecopy.OneCopyError, match="6 mapped runs; a process can pin 5") as caught:
             fs.map("/holes")
         assert caught.value.errno == errno.ENOMEM
-        with fs.map("/a"):
-            pass
+        with fs.map("/a"), fs.map("/a"), fs.map("/b"):
+            assert pinned(fs) == {*frames(fs, "/a"), *frames(fs, "/b")}
     assert pinned(fs) == set()
     with fs.map("/holes") as mapping:
         assert len(mapping.runs) == 6
@@ -191,15 +190,16 @@ def test_a_file_larger_than_a_pin_entry_can_be_mapped(new_path):
 
 @given(st.lists(st.tuples(st.integers(0, 60), st.integers(1, 9)), max_size=6), st.integers(0, 40), st.integers(1, 30))
 def test_lists_say_what_is_pinned(lists_pool, runs, low, size):
-    mount = lists_pool._mount
-    with mount.lock:
-        mount.pins.write(mount.slot.index, runs)
-        found = mount.pins.pinned(low, low + size)
+    places = list(range(len(runs)))[::-1]
+    pins, slot = lists_pool._mount.pins, lists_pool._mount.slot.index
+    with lists_pool._mount.lock:
+        pins.add(slot, runs, places)
         named = {pfn + n for pfn, pages in runs for n in range(pages)}
-        assert (np.flatnonzero(found) + low).tolist() == [pfn for pfn in range(low, low + size) if pfn in named]
+        assert (np.flatnonzero(pins.pinned(low, low + size)) + low).tolist() == sorted(named & {*range(low, low + size)})
         assert named <= pinned(lists_pool)
-        mount.pins.write(mount.slot.index, [])
-        mount.pins.settle()
+        pins.drop(slot, runs[1:], places[1:])
+        assert pinned(lists_pool) == {pfn + n for pfn, pages in runs[:1] for n in range(pages)}
+        pins.drop(slot, runs[:1], places[:1])
         assert pinned(lists_pool) == set()
 
 
@@ -207,6 +207,8 @@ def test_lists_say_what_is_pinned(lists_pool, runs, low, size):
 def lists_pool():
     path = f"/dev/shm/test-{os.getpid()}-pins.pool"
     onecopy.format(path, "1M")
-    with onecopy.open(path) as fs:
-        yield fs
-    onecopy.remove(path)
+    try:
+        with onecopy.open(path) as fs:
+            yield fs
+    finally:
+        onecopy.remove(path)
