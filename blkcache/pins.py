@@ -32,9 +32,12 @@ class Pins:
         end = max(places, default=-1) + 1
         words, first = self.runtime.words, self._list(slot)
         self.runtime.reserve(slots.pins_room_word(self.runtime, slot), first * 8, end * 8)
-        for place, (pfn, pages) in zip(places, runs, strict=True):
-            words[first + place] = pack_run(pfn, pages)
-            self.frames.array[pfn : pfn + pages] |= np.uint8(PINNED)
+        array = self.frames.array
+        np.frombuffer(words, np.uint64)[np.array(places, np.int64) + first] = [pack_run(*run) for run in runs]
+        array[np.array([pfn for pfn, pages in runs if pages == 1], np.int64)] |= np.uint8(PINNED)
+        for pfn, pages in runs:
+            if pages > 1:
+                array[pfn : pfn + pages] |= np.uint8(PINNED)
         reach("pins listed")
         # A death before this store leaves bits without a list; the dead slot's reaping clears them.
         count = slots.pins_word(self.runtime, slot)
@@ -42,11 +45,9 @@ class Pins:
 
     def drop(self, slot: int, runs: list[Run], places: list[int]) -> None:
         """Unpin what was added at `places`, or should have been; free the frames that only waited for that."""
-        words, first = self.runtime.words, self._list(slot)
-        count = words[slots.pins_word(self.runtime, slot)]
-        for place in places:
-            if place < count:  # else it may have no storage
-                words[first + place] = 0  # a run of no pages
+        count = self.runtime.words[slots.pins_word(self.runtime, slot)]
+        listed = np.array([place for place in places if place < count], np.int64)  # others may have no storage
+        np.frombuffer(self.runtime.words, np.uint64)[listed + self._list(slot)] = 0  # runs of no pages
         if runs:
             self.settle(min(pfn for pfn, _ in runs), max(pfn + pages for pfn, pages in runs))
 

@@ -126,6 +126,21 @@ class Pool:
         except OSError as error:
             raise self._host_full(error) from error
 
+    def store_from(self, offset: int, fd: int, at: int, size: int) -> int:
+        """Store up to `size` bytes of the host file `fd` from byte `at` on at byte `offset`, copied by the kernel.
+
+        Returns how many there were: fewer where the file ends. The caller holds the transaction lock (the pool's
+        descriptor has one position). NoSpace, OSError.
+        """
+        done = 0
+        try:
+            os.lseek(self.fd, offset, os.SEEK_SET)
+            while done < size and (count := os.sendfile(self.fd, fd, at + done, size - done)):
+                done += count
+        except OSError as error:
+            raise self._host_full(error) from error
+        return done
+
     def back(self, pfn: int, pages: int) -> None:
         """Give frames [pfn, pfn + pages) storage, so that stores through the mapping can't fail. NoSpace when full."""
         try:

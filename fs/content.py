@@ -162,6 +162,24 @@ def _fill(tx: Tx, extent: Extent, edges: tuple[bytes, bytes], offset: int, data:
     tx.store(pfn, data[start - offset : stop - offset], start - first)
 
 
+def append_from(tx: Tx, inode: Inode, first: int, last: int, fd: int) -> int:
+    """Store bytes [first, last) of the host file `fd` where `inode` has nothing; whole pages, but at the host file's end.
+
+    Returns the end of what was stored, a page boundary or the new size. The caller saves the inode. NoSpace.
+    """
+    low, high = first // PAGE, pages_of(last)
+    at = low
+    for pfn, pages in tx.frames.take_data(high - low):
+        size = min((at + pages) * PAGE, last) - at * PAGE
+        done = tx.pool.store_from(pfn * PAGE, fd, at * PAGE, size)
+        for rest in range(done, pages * PAGE, len(_ZEROS)):  # behind the end, also of a file that shrank meanwhile
+            tx.store(pfn, memoryview(_ZEROS)[: pages * PAGE - rest], rest)
+        extents.replace(tx, inode, at, at + pages, [(at, pfn, pages, 0)])
+        at += pages
+    inode.size = max(inode.size, last)
+    return high * PAGE
+
+
 def _zero_part(tx: Tx, inode: Inode, offset: int, end: int) -> None:
     """Zero bytes [offset, end) of one page, if there is anything in it."""
     page = offset // PAGE

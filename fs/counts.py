@@ -36,6 +36,14 @@ def references(view: "View", pfn: int) -> int:
     return int(count) if pfn < first + pages else 1
 
 
+def is_one_fragment(view: "View", pfn: int, pages: int) -> bool:
+    """Return True when the frames are surely all counted by one record, or by none."""
+    if not (view.table[pfn] & SHARED if pages == 1 else (view.array[pfn : pfn + pages] & SHARED).any()):
+        return True
+    offset = COUNTS.find(view.words, view.counts, pfn)
+    return offset >= 0 and view.words[offset >> 3] >= pages
+
+
 def fragments(view: "View", low: int, high: int) -> list[Fragment]:
     """Return the recorded fragments that overlap [low, high), whole, ascending."""
     found: list[Fragment] = []

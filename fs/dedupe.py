@@ -7,6 +7,7 @@ a byte compare; sharing goes through `sharing.share_pages`, which compares again
 import functools
 import os
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,6 +29,7 @@ _CHUNK = 4096  # pages hashed at once
 _WEIGHTS = np.random.Generator(np.random.PCG64(20170327)).integers(0, 1 << 63, PAGE // 8, np.uint64) * np.uint64(2) + np.uint64(
     1
 )
+_COMPARE = 64  # pages compared at once: they stay in the cache
 _MAX_RANGE = 1 << 14  # pages shared at once
 _BATCH = 64  # ranges shared in one transaction
 
@@ -150,13 +152,18 @@ def _masters(
     starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]]) if len(ordered) else np.zeros(0, np.int64)
     lengths = np.diff(np.r_[starts, len(ordered)])
     master = np.repeat(order[starts], lengths)
-    for at in range(0, len(order), _CHUNK):
-        mine, theirs = order[at : at + _CHUNK], master[at : at + _CHUNK]
-        candidates = np.flatnonzero(mine != theirs)
-        if len(candidates):
-            a, b = frames[mine[candidates]], frames[theirs[candidates]]
-            equal = (words[a] == words[b]).all(1)
-            keep[mine[candidates[equal]]] = b[equal]
+    pairs = np.flatnonzero(order != master)
+    rows = order[pairs]
+    by_frame = np.argsort(rows)  # frames ascend: runs of equal pages are compared as runs
+    rows = rows[by_frame]
+    mine, theirs = frames[rows], frames[master[pairs][by_frame]]
+    breaks = np.flatnonzero((np.diff(mine) != 1) | (np.diff(theirs) != 1)) + 1
+    for start, end in pairwise([0, *breaks.tolist(), len(mine)]):
+        for at in range(start, end, _COMPARE):
+            size = min(_COMPARE, end - at)
+            a, b = int(mine[at]), int(theirs[at])
+            equal = (words[a : a + size] == words[b : b + size]).all(1)
+            keep[rows[at : at + size][equal]] = theirs[at : at + size][equal]
     return keep
 
 
@@ -179,25 +186,7 @@ def _apply(
     progress: "Progress | None",
 ) -> DedupeReport:
     """Point every duplicate at its master through some file that has the master; count what that freed."""
-    where: dict[int, tuple[int, int]] = {}  # frame of a master -> (file, page) that has it
-    masters = set(keep[keep != frames].tolist())
-    jobs: list[_Job] = []
-    for n, one in enumerate(files):
-        for page, pfn in zip(one.pages.tolist(), one.pfns.tolist(), strict=True):
-            if pfn in masters:
-                where.setdefault(pfn, (n, page))
-    for n, one in enumerate(files):
-        wanted = keep[np.searchsorted(frames, one.pfns)]
-        rows = np.flatnonzero(wanted != one.pfns)
-        for page, master in zip(one.pages[rows].tolist(), wanted[rows].tolist(), strict=True):
-            source, source_page = where[master]
-            target, first, other, other_first, pages = jobs[-1] if jobs else (-1, 0, 0, 0, 0)
-            goes_on = (n, source) == (target, other) and page == first + pages and source_page == other_first + pages
-            apart = source != n or abs(first - other_first) > pages  # ranges of one file must not overlap
-            if goes_on and apart and pages < _MAX_RANGE:
-                jobs[-1] = (target, first, other, other_first, pages + 1)
-                continue
-            jobs.append((n, page, source, source_page, 1))
+    jobs = _jobs(files, frames, keep)
     skipped, done, total = 0, 0, sum(job[4] for job in jobs)
     for at in range(0, len(jobs), _BATCH):
         batch = jobs[at : at + _BATCH]
@@ -208,6 +197,30 @@ def _apply(
     with fs._mount.reading() as view:
         freed = int(np.count_nonzero(References(view).places[goes] == 0))
     return replace(report, freed_bytes=freed * PAGE, applied=True, skipped=skipped)
+
+
+def _jobs(files: list[_File], frames: npt.NDArray[np.int64], keep: npt.NDArray[np.int64]) -> list[_Job]:
+    """Return the ranges to share: as long as target pages and master pages go on side by side."""
+    rows = [np.searchsorted(frames, one.pfns) for one in files]
+    home, home_page = np.zeros(len(frames), np.int64), np.zeros(len(frames), np.int64)  # the first file with a frame
+    for n in range(len(files) - 1, -1, -1):
+        home[rows[n]], home_page[rows[n]] = n, files[n].pages
+    jobs: list[_Job] = []
+    for n, one in enumerate(files):
+        some = np.flatnonzero(keep[rows[n]] != one.pfns)
+        if not len(some):
+            continue
+        page, master = one.pages[some], np.searchsorted(frames, keep[rows[n][some]])
+        source, source_page = home[master], home_page[master]
+        breaks = (np.diff(page) != 1) | (np.diff(source_page) != 1) | (np.diff(source) != 0)
+        for start, end in pairwise([0, *(np.flatnonzero(breaks) + 1).tolist(), len(some)]):
+            first, other = int(page[start]), int(source_page[start])
+            longest = _MAX_RANGE
+            if source[start] == n and first != other:
+                longest = min(longest, abs(first - other))  # ranges of one file must not overlap
+            for at in range(0, end - start, longest):
+                jobs.append((n, first + at, int(source[start]), other + at, min(longest, end - start - at)))
+    return jobs
 
 
 def _share_all(tx: "Tx", files: list[_File], jobs: list[_Job]) -> int:

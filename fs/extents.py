@@ -175,6 +175,15 @@ def _write(tx: Tx, inode: Inode, old: list[Extent], new: list[Extent]) -> None:
     inode.root = root
 
 
+def to_tree(tx: Tx, inode: Inode) -> None:
+    """Move extents that lie in the inode into a tree, whose root a clone can share."""
+    new = inline_extents(inode)
+    inode.flags &= ~INLINE_EXTENTS
+    inode.inline, inode.inline_used = b"", 0
+    for extent in new:
+        inode.root = EXTENTS.insert(tx, inode.root, extent[0], EXTENT.pack(*extent[1:]))
+
+
 def shift(tx: Tx, inode: Inode, start: int, by: int) -> None:
     """Move all extents from page `start` on by `by` pages; none may straddle `start`, and the way must be free."""
     moved = clip(load(tx, inode, start), start, MAX_KEY)

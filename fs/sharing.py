@@ -6,12 +6,13 @@ looks at what is below: counts move down when one side changes something (see `c
 
 import errno
 import time
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
 from onecopy.daxemu.errors import invalid, posix
-from onecopy.daxemu.units import PAGE, pages_of
+from onecopy.daxemu.units import PAGE, WORDS, pages_of
 from onecopy.fs import content, counts, extents
 from onecopy.fs import directory as directories
 from onecopy.fs import inode as inodes
@@ -22,13 +23,21 @@ from onecopy.fs.inode import Inode
 from onecopy.fs.namei import PHANTOM, Place, parent_of
 from onecopy.fs.tx import Subvolume, Tx
 
+_COMPARE = 64  # pages compared at once
+
 
 def clone_inode(tx: Tx, source: Inode, subvolume: int, parent: int = 0) -> Inode:
     """Make an inode in `subvolume` that shares all content of `source`, a file or symbolic link; O(1)."""
+    if source.flags & INLINE_EXTENTS:
+        runs = inodes.references(source)[1]
+        if all(counts.is_one_fragment(tx, pfn, pages) for pfn, pages in runs):
+            counts.add_runs(tx, runs, 1)
+        else:  # counting each of the fragments that others made of these extents would not be O(1): give them a root
+            source = inodes.change(tx, source.subvolume, source.number)
+            extents.to_tree(tx, source)
+            inodes.save(tx, source)
     if source.root:
         counts.add(tx, source.root, 1, 1)
-    elif source.flags & INLINE_EXTENTS:
-        counts.add_runs(tx, inodes.references(source)[1], 1)
     new = inodes.make(tx, subvolume, source.mode, parent=parent, like=source)
     new.root, new.flags, new.inline, new.inline_used = source.root, source.flags, source.inline, source.inline_used
     new.size, new.pages, new.modified = source.size, source.pages, source.modified
@@ -143,27 +152,19 @@ def _page_map(tx: Tx, inode: Inode, low: int, high: int) -> npt.NDArray[np.int64
 def _same_bytes(tx: Tx, here: npt.NDArray[np.int64], there: npt.NDArray[np.int64]) -> bool:
     """Compare frames pairwise; 0 stands for a page of zeros."""
     words = np.frombuffer(tx.words, np.uint64)
-    at = 0
-    while at < len(here):
-        # Runs that go on in both are compared in one go.
-        step = 1
-        while (
-            at + step < len(here)
-            and step < 256
-            and here[at]
-            and there[at]
-            and (here[at + step] == here[at] + step and there[at + step] == there[at] + step)
-        ):
-            step += 1
-        a, b = (words[pfn * 512 : (pfn + step) * 512] if pfn else None for pfn in (int(here[at]), int(there[at])))
-        if a is not None and b is not None:
-            same = np.array_equal(a, b)
-        else:
-            some = a if a is not None else b
-            same = some is None or not some.any()
-        if not same:
+    holes = (here == 0) | (there == 0)
+    for pfn in np.maximum(here, there)[holes].tolist():
+        if pfn and words[pfn * WORDS : (pfn + 1) * WORDS].any():
             return False
-        at += step
+    here, there = here[~holes], there[~holes]
+    # Runs that go on on both sides are compared in one go, in pieces that stay in the cache.
+    breaks = np.flatnonzero((np.diff(here) != 1) | (np.diff(there) != 1)) + 1
+    for start, end in pairwise([0, *breaks.tolist(), len(here)]):
+        for at in range(start, end, _COMPARE):
+            size = min(_COMPARE, end - at) * WORDS
+            a, b = int(here[at]) * WORDS, int(there[at]) * WORDS
+            if not np.array_equal(words[a : a + size], words[b : b + size]):
+                return False
     return True
 
 

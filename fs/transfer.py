@@ -16,6 +16,7 @@ from onecopy.daxemu.units import PAGE
 from onecopy.fs import content, extents, namei
 from onecopy.fs import inode as inodes
 from onecopy.fs.filesystem import FileSystem
+from onecopy.fs.format import INLINE
 from onecopy.fs.names import join
 
 if TYPE_CHECKING:
@@ -164,17 +165,20 @@ def _fill(fs: FileSystem, fd: int, status: os.stat_result, path: str, meter: _Me
 
     def store(tx: "Tx") -> None:
         inode = FileSystem._created(tx, path)
+        if status.st_size <= INLINE:
+            content.write(tx, inode, 0, memoryview(os.pread(fd, status.st_size, 0)))
         for first, last in batch:
-            _copy_in(tx, inode, fd, first, last)
-        if inode.size < status.st_size:
-            content.truncate(tx, inode, status.st_size)
+            content.append_from(tx, inode, first, last, fd)
+        inode.size = status.st_size
         _take_status(inode, status)
         inodes.save(tx, inode)
 
-    for first, last in data_ranges(fd, status.st_size):
+    end = 0
+    for first, last in data_ranges(fd, status.st_size) if status.st_size > INLINE else ():
+        first = max(first - first % PAGE, end)  # whole pages: what a hole adds to one is zeros
         while first < last:
-            end = min(last, first + room)
-            batch.append((first, end))
+            end = min(-(-last // PAGE) * PAGE, first + room)
+            batch.append((first, min(end, status.st_size)))
             first, room = end, room - (end - first)
             if not room:
                 fs._mount.run(store)
@@ -182,18 +186,7 @@ def _fill(fs: FileSystem, fd: int, status: os.stat_result, path: str, meter: _Me
                 batch, room, made = [], _TRANSACTION, True
     if batch or not made:
         fs._mount.run(store)
-        meter.add(_TRANSACTION - room)
-
-
-def _copy_in(tx: "Tx", inode: "Inode", fd: int, first: int, last: int) -> None:
-    at = first
-    while at < last:
-        buffer = bytearray(min(_PIECE, last - at))  # a new one each time: the transaction may keep it until it commits
-        count = os.preadv(fd, [buffer], at)
-        if not count:
-            return  # the host file shrank meanwhile
-        content.write(tx, inode, at, memoryview(buffer)[:count])
-        at += count
+        meter.add(min(status.st_size, _TRANSACTION - room))
 
 
 # ------------------------------------------------------------------- get
