@@ -14,6 +14,7 @@ import random
 import shutil
 import subprocess
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from time import perf_counter_ns
 
@@ -46,9 +47,7 @@ def measure(quick: bool) -> list[Row]:
     return rows
 
 
-def compare(
-    work: str, make: Callable[[Path, int], None], size: int, options: tuple[list[str], ...], rounds: int
-) -> list[Row]:
+def compare(work: str, make: Callable[[Path, int], None], size: int, options: tuple[list[str], ...], rounds: int) -> list[Row]:
     """Measure one input; return rows of speed and of what was freed for each way to call the peer."""
     reported: list[int] = []
     net: list[int] = []
@@ -63,23 +62,27 @@ def compare(
         make(files, size)
         program, root = harness.program("duperemove"), xfs.root
         missing = xfs.missing or ("" if program else "duperemove is not installed")
-        peers: list[Timed | None] = [None] * len(options)
-        if program and root:
-            peers = [
-                lambda words=[program, "-r", "-d", *some], found=found: [duperemove(words, files, root, found)]
-                for some, found in zip(options, freed, strict=True)
-            ]
-        ours, *theirs = harness.alternate(rounds, lambda: [dedupe(fs, files, reported, net)], *peers)
+        peers: list[Timed | None] = [
+            partial(duperemove, [program, "-r", "-d", *some], files, root, found) if program and root else None
+            for some, found in zip(options, freed, strict=True)
+        ]
+        ours, *theirs = harness.alternate(rounds, partial(dedupe, fs, files, reported, net), *peers)
     rows = []
     for some, times, found in zip(options, theirs, freed, strict=True):
         peer = " ".join(["duperemove -d", *some, "on XFS"])
-        speeds = harness.speed(size, ours), harness.speed(size, times)
-        sizes = [harness.scaled(harness.median(one), 1 / MiB) for one in (reported, found)]
+        speeds = [harness.speed(size, each) for each in (ours, times)]
         note = harness.spread(1e-9, ours_s=ours, against_s=times)
-        rows.append(harness.row(work, peer, *speeds, "GB/s", reach=FASTER, note=note, skipped=missing))
-        note = f"{onecopy.format_size(max(net))} more free"
-        rows.append(harness.row(f"{work}: freed", peer, *sizes, "MiB", reach=FREED, note=note, skipped=missing))
+        row = harness.row(work, peer, speeds[0], speeds[1], "GB/s", reach=FASTER, note=note, skipped=missing)
+        rows.append(row)
+        sizes, note = (in_mib(reported), in_mib(found)), f"the pool has {in_mib(net)} MiB more free"
+        row = harness.row(f"{work}: freed", peer, *sizes, "MiB", reach=FREED, note=note, skipped=missing)
+        rows.append(row)
     return rows
+
+
+def in_mib(sizes: list[int]) -> float | None:
+    """Return the median size."""
+    return harness.scaled(harness.median(sizes), 1 / MiB)
 
 
 def make_copies(folder: Path, size: int) -> None:
@@ -102,7 +105,7 @@ def make_pieces(folder: Path, size: int) -> None:
                 file.write(sources[source][at : at + PIECE])
 
 
-def dedupe(fs: FileSystem, files: Path, reported: list[int], net: list[int]) -> int:
+def dedupe(fs: FileSystem, files: Path, reported: list[int], net: list[int]) -> list[int]:
     """Put the files into the pool, dedupe them and remove them; return how long the second took."""
     fs.put(files, "/files")
     fs.sync()
@@ -115,20 +118,20 @@ def dedupe(fs: FileSystem, files: Path, reported: list[int], net: list[int]) -> 
     net.append((fs.info().free_pages - before) * PAGE)
     fs.rmtree("/files")
     fs.sync()
-    return took
+    return [took]
 
 
-def duperemove(words: list[str], files: Path, root: Path, freed: list[int]) -> int:
+def duperemove(words: list[str], files: Path, root: Path, freed: list[int]) -> list[int]:
     """Do the same on a kernel file system with a command."""
     shutil.copytree(files, root / "files")
     os.sync()
     before = os.statvfs(root)
     command = [*words, str(root / "files")]
-    took = harness.nanoseconds(lambda: subprocess.run(command, check=True, capture_output=True))
+    took = harness.nanoseconds(partial(subprocess.run, command, check=True, capture_output=True))
     os.sync()
     freed.append((os.statvfs(root).f_bfree - before.f_bfree) * before.f_frsize)
     shutil.rmtree(root / "files")
-    return took
+    return [took]
 
 
 if __name__ == "__main__":

@@ -113,10 +113,10 @@ def alternate(rounds: int, *works: Timed | None) -> list[list[int]]:
     return times
 
 
-def nanoseconds(work: Callable[[], object]) -> int:
+def nanoseconds(work: Callable[..., object], *arguments: object) -> int:
     """Return how long a call takes."""
     start = time.perf_counter_ns()
-    work()
+    work(*arguments)
     return time.perf_counter_ns() - start
 
 
@@ -284,14 +284,24 @@ def write_random(path: Path, size: int) -> None:
 # --------------------------------------------------------------- running
 
 
+@contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """Make SIGTERM end the program by way of an exception, as Ctrl-C does, so that what was made is removed."""
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def main(measure: Callable[[bool], list[Row]]) -> None:
     """Be the program that a benchmark is when it runs alone."""
     parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.add_argument("--quick", action="store_true", help="less work and fewer runs: shows that it works, no more")
     wanted = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    rows = measure(wanted.quick)
+    with ended_by_sigterm():
+        rows = measure(wanted.quick)
     if wanted.json:
         print(json.dumps({"schema": 1, "quick": wanted.quick, "rows": [asdict(one) for one in rows]}))
         return
@@ -299,11 +309,11 @@ def main(measure: Callable[[bool], list[Row]]) -> None:
         print("\n".join(describe(one)))
 
 
-def number(figure: float | None) -> str:
-    """Return a figure with three digits that count; "-" for None."""
-    if figure is None:
+def figure(value: float | None) -> str:
+    """Return a figure with four digits that count; "-" for None."""
+    if value is None:
         return "-"
-    return f"{figure:,.0f}" if abs(figure) >= 1000 else f"{figure:.4g}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def verdict(one: Row) -> str:
@@ -315,7 +325,7 @@ def verdict(one: Row) -> str:
 
 def describe(one: Row) -> Iterator[str]:
     """Yield the lines that tell a row to people."""
-    yield f"{one.question}: {number(one.ours)} {one.unit}"
-    yield f"    {one.peer}: {number(one.against)} {one.unit}; ratio {number(one.ratio)}"
+    yield f"{one.question}: {figure(one.ours)} {one.unit}"
+    yield f"    {one.peer}: {figure(one.against)} {one.unit}; ratio {figure(one.ratio)}"
     yield f"    {verdict(one)}" + (f"; aim: {one.reach}" if one.reach else "")
     yield from (f"    {text}" for text in (one.skipped, one.note) if text)

@@ -8,13 +8,15 @@ tables come on top: each process has its own, as with any mapping.
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
+import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -23,12 +25,9 @@ from onecopy.benchmarks import harness
 from onecopy.benchmarks.harness import MiB, Reach, Row
 from onecopy.cli import measure as memory
 
-if TYPE_CHECKING:
-    from typing_extensions import Buffer
-
 REACH = Reach("ours", "at most", 1.02)
 
-Pipe = "Connection[Any, Any]"
+Pipe: TypeAlias = "Connection[Any, Any]"
 
 
 def measure(quick: bool) -> list[Row]:
@@ -80,19 +79,24 @@ def readers(pool: str, processes: int, clones: int, total: int) -> Iterator[list
             started.callback(process.join)
             started.callback(ours.close)  # before that: it makes the process end
             pipes.append(ours)
-        for pipe in pipes:
-            pipe.recv()
-        for pipe in pipes:
-            pipe.send("measure")
-        yield [pipe.recv() for pipe in pipes]
+        try:
+            for pipe in pipes:
+                pipe.recv()
+            for pipe in pipes:
+                pipe.send("measure")
+            found = [pipe.recv() for pipe in pipes]
+        except (EOFError, ConnectionError) as error:
+            raise ChildProcessError(errno.ECHILD, "a process that was to read clones has ended early") from error
+        yield found
 
 
 def read_clones(pipe: Pipe, pool: str, names: list[str], total: int) -> None:
     """Be one of the processes: map and read; measure when told; hold it all until the other end is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches us, too; who started us decides what it means
     before = memory.page_tables()
     with onecopy.open(pool, "r") as fs, ExitStack() as held:
         mappings = [held.enter_context(fs.map(name)) for name in names]
-        if any(checksum(mapping) != total for mapping in mappings):
+        if any(checksum(memoryview(mapping)) != total for mapping in mappings):
             raise ValueError("a clone does not read as its origin")
         try:
             pipe.send("ready")
@@ -100,11 +104,11 @@ def read_clones(pipe: Pipe, pool: str, names: list[str], total: int) -> None:
             found = memory.measure([(mapping.address, len(mapping)) for mapping in mappings])
             pipe.send(replace(found, page_tables=found.page_tables - before))
             pipe.recv()
-        except EOFError:
+        except (EOFError, ConnectionError):
             pass
 
 
-def checksum(content: Buffer) -> int:
+def checksum(content: bytes | memoryview) -> int:
     """Return the sum of all 64-bit words."""
     return int(np.frombuffer(content, np.uint64).sum())
 

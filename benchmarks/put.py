@@ -28,16 +28,12 @@ def measure(quick: bool) -> list[Row]:
         harness.write_random(source, size)
         ours, theirs = harness.alternate(2 if quick else 8, lambda: [put(fs, source)], lambda: [copy(source)])
     note = harness.spread(1e-6, ours_ms=ours, against_ms=theirs)
-    return [
-        harness.row(
-            question, peer, harness.speed(size, ours), harness.speed(size, theirs), "GB/s", reach=REACH, note=note
-        )
-    ]
+    return [harness.row(question, peer, harness.speed(size, ours), harness.speed(size, theirs), "GB/s", reach=REACH, note=note)]
 
 
 def put(fs: FileSystem, source: Path) -> int:
     """Put the file into the pool and remove it; return how long the first took."""
-    took = harness.nanoseconds(lambda: fs.put(source, "/file"))
+    took = harness.nanoseconds(fs.put, source, "/file")
     fs.unlink("/file")
     fs.sync()
     return took

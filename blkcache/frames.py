@@ -140,10 +140,16 @@ class Frames:
         runtime.set("node_floor", min(runtime.get("node_floor"), at - base))
         return at
 
-    def take_data(self, pages: int) -> list[Run]:
-        """Take `pages` frames for file data in as few runs as there are; NoSpace takes none beyond what undo returns."""
+    def take_data(self, pages: int, goal: int = 0) -> list[Run]:
+        """Take `pages` frames for file data in as few runs as there are; NoSpace takes none beyond what undo returns.
+
+        `goal`: the first frame wanted, if it and those behind it are free; 0: none in particular.
+        """
         if self.room < pages:
             raise self._no_room(pages)
+        if goal and self.are_free(goal, pages):
+            self._take_run(goal, pages)
+            return [(goal, pages)]
         runs: list[Run] = []
         while pages:
             run = self._next_run(min(pages, MAX_RUN))
@@ -152,6 +158,23 @@ class Frames:
             runs.append(run)
             pages -= run[1]
         return runs
+
+    def are_free(self, pfn: int, pages: int) -> bool:
+        """Return whether data may be put into frames [pfn, pfn + pages)."""
+        end = pfn + pages
+        limit = self.runtime.words[_NODE_FLOOR]
+        return pfn > 0 and end <= limit and not (self.array[pfn:end] & ~np.uint8(BACKED)).any()
+
+    def open_window(self, pages: int) -> int:
+        """Return the first of `pages` free frames in a row that nothing else is put into for now; 0 when there are none.
+
+        Nothing is taken: the search for frames goes on behind them, and comes back when it has been through the pool.
+        """
+        hint = self.runtime.words[_DATA_HINT]
+        if not self.are_free(hint, pages):
+            return 0
+        self.runtime.words[_DATA_HINT] = hint + pages
+        return hint
 
     def _take_run(self, pfn: int, pages: int) -> None:
         runtime, words = self.runtime, self.runtime.words
@@ -172,7 +195,7 @@ class Frames:
             at = self.runtime.memory.find(b"\0", self._base + hint, self._base + limit)
             if at >= 0:
                 return at - self._base, 1
-        elif hint + pages <= limit and not (self.array[hint : hint + pages] & ~np.uint8(BACKED)).any():
+        elif self.are_free(hint, pages):
             return hint, pages
         return self._search(pages, hint)
 

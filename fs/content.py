@@ -7,6 +7,7 @@ end of a file are zero, always; so is what an unwritten extent reads as.
 
 import errno
 
+from onecopy.blkcache.frames import SHARED
 from onecopy.daxemu.errors import invalid, posix
 from onecopy.daxemu.units import PAGE, pages_of
 from onecopy.fs import extents
@@ -19,6 +20,7 @@ from onecopy.fs.tx import Tx, View
 
 MAX_SIZE = 1 << 62
 _ZEROS = bytes(1 << 20)
+_GRANULE = 32  # pages, aligned in the file, whose private copies are put side by side
 
 
 def check_range(offset: int, length: int) -> None:
@@ -132,12 +134,34 @@ def _store(tx: Tx, inode: Inode, offset: int, data: memoryview) -> None:
             edges = _edges(tx, inode, first, last, offset, end)
             fresh: list[Extent] = []
             at = first
-            for pfn, pages in tx.frames.take_data(last - first):
+            for pfn, pages in tx.frames.take_data(last - first, _goal(tx, inode, first, last)):
                 fresh.append((at, pfn, pages, 0))
                 at += pages
             for extent in fresh:
                 _fill(tx, extent, edges, offset, data)
             extents.replace(tx, inode, first, last, fresh)
+
+
+def _goal(tx: Tx, inode: Inode, first: int, last: int) -> int:
+    """Return where the frames of pages [first, last) would continue what the file has for itself around them; 0: nowhere.
+
+    Pages that are rewritten one by one, in any order, come to lie beside each other by granules: the first one of a
+    granule opens a window of free frames, the others find their places in it (as XFS's extent size hint for
+    copy-on-write, 32 blocks).
+    """
+    low = first - first % _GRANULE
+    if inode.pages < _GRANULE or last > low + _GRANULE:
+        return 0
+    own = 0
+    for page, pfn, pages, _ in extents.clip(extents.load(tx, inode, low, low + _GRANULE), low, low + _GRANULE):
+        if not (tx.array[pfn : pfn + pages] & SHARED).any():
+            own = pfn + first - page
+            if tx.frames.are_free(own, last - first):
+                return own
+    if own:
+        return 0
+    window = tx.frames.open_window(_GRANULE)
+    return window and window + first - low
 
 
 def _edges(tx: Tx, inode: Inode, first: int, last: int, offset: int, end: int) -> tuple[bytes, bytes]:

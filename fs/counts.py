@@ -37,11 +37,14 @@ def references(view: "View", pfn: int) -> int:
 
 
 def is_one_fragment(view: "View", pfn: int, pages: int) -> bool:
-    """Return True when the frames are surely all counted by one record, or by none."""
+    """Return whether all of the frames are counted by one record, or by none."""
     if not (view.table[pfn] & SHARED if pages == 1 else (view.array[pfn : pfn + pages] & SHARED).any()):
         return True
-    offset = COUNTS.find(view.words, view.counts, pfn)
-    return offset >= 0 and view.words[offset >> 3] >= pages
+    last = COUNTS.floor(view.words, view.counts, pfn + pages - 1)
+    if last is None:
+        return True
+    first, end = last[0], last[0] + view.words[last[1] >> 3]
+    return end <= pfn or (first <= pfn and end >= pfn + pages)
 
 
 def fragments(view: "View", low: int, high: int) -> list[Fragment]:

@@ -4,17 +4,21 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
+from types import FrameType
 from typing import Any
 
 import pytest
 
+import onecopy
 from onecopy.daxemu import steps
 
+PACKAGE = os.path.dirname(onecopy.__file__)
 PATIENCE = 120  # seconds without a word after which a process counts as hung
 
 
@@ -125,6 +129,47 @@ def at_step(step: str, arrival: int, act: Callable[[], object]) -> None:
     steps.hook = hook
 
 
+def die() -> None:
+    """Die at once, as nothing in the process can prevent or notice."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Lines:
+    """Counts the lines of the package's own code that this process runs, and calls `act` at one of them (0: at none).
+
+    `skip`: functions, as "module.function", whose lines don't count.
+    """
+
+    def __init__(self, number: int = 0, act: Callable[[], object] = die, skip: frozenset[str] = frozenset()) -> None:
+        self.number, self.act, self.skip = number, act, skip
+        self.count, self.place = 0, ""
+
+    def __enter__(self) -> "Lines":
+        sys.settrace(self._call)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(None)
+
+    def _call(self, frame: FrameType, event: str, _: object) -> Callable[..., Any] | None:
+        code = frame.f_code
+        if not code.co_filename.startswith(PACKAGE):
+            return None
+        return None if self._name(frame) in self.skip else self._line
+
+    def _line(self, frame: FrameType, event: str, _: object) -> Callable[..., Any]:
+        if event == "line":
+            self.count += 1
+            if self.count == self.number:
+                self.place = f"{self._name(frame)}, line {frame.f_lineno}"
+                self.act()
+        return self._line
+
+    @staticmethod
+    def _name(frame: FrameType) -> str:
+        return f"{frame.f_globals['__name__'].rpartition('.')[2]}.{frame.f_code.co_name}"
+
+
 @contextlib.contextmanager
 def counting() -> Iterator[Counter[str]]:
     """Count the steps that this process reaches."""
@@ -134,11 +179,6 @@ def counting() -> Iterator[Counter[str]]:
         yield reached
     finally:
         steps.hook = before
-
-
-def die() -> None:
-    """Die at once, as nothing in the process can prevent or notice."""
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import struct
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 import pytest
 
@@ -91,7 +92,7 @@ class Grown:
             assert self.get(key) == self.model.get(key)
             at = bisect_right(keys, key)
             assert self.floor(key) == ((keys[at - 1], self.model[keys[at - 1]]) if at else None)
-        for low, high in zip(probes, probes[1:], strict=False):
+        for low, high in pairwise(probes):
             assert [key for key, _ in self.items(low, high)] == [key for key in keys if low <= key < high]
 
 
@@ -123,7 +124,7 @@ def _verify(mount: Mount, tree: Tree, pfn: int, low: int, high: int, level: int 
     assert 1 <= head["count"] <= (FANOUT if head["level"] else tree.capacity)
     first = pfn * 512 + 4
     keys = mount.pool.words[first : first + head["count"]].tolist()
-    assert all(a < b for a, b in zip(keys, keys[1:], strict=False))
+    assert all(a < b for a, b in pairwise(keys))
     inner = keys[1:] if head["level"] else keys
     assert all(low <= key < high for key in inner)
     if head["level"]:

@@ -45,8 +45,11 @@ def test_every_size_from_nothing_to_three_leaves_and_back(grow, coming, going):
     assert grown.used() == grown.before
 
 
-@ALL
-@pytest.mark.parametrize("going", ["ascending", "descending", "shuffled"])
+@pytest.mark.parametrize(
+    ("tree", "going"),
+    [(INODES, "ascending"), (INODES, "descending"), *((tree, "shuffled") for tree in TREES.values())],
+    ids=lambda value: value if isinstance(value, str) else value.name,
+)
 def test_trees_of_three_levels(grow, tree, going):
     grown = grow(tree)
     keys = list(range(0, FANOUT * tree.capacity * 11, 11))

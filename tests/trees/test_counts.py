@@ -1,6 +1,7 @@
 """Fragment counts against one counter a frame: split, merged, dropped to nothing, hinted at."""
 
 import random
+from itertools import pairwise
 
 import pytest
 
@@ -96,7 +97,7 @@ def test_random_references(counted, seed):
                 counted.model[pfn + n] for n in range(pages)
             ]
             assert found[0][0] == pfn and found[-1][1] == pfn + pages
-            assert all(a[1] == b[0] for a, b in zip(found, found[1:], strict=False))
+            assert all(a[1] == b[0] for a, b in pairwise(found))
 
 
 def test_a_clone_of_a_clone_stays_one_record(counted):
