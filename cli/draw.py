@@ -91,9 +91,7 @@ def _draw_panel(panel: Panel, axis: Axes) -> None:
         figure = f"{format_size(bar.bytes)}   {bar.remark}"
         axis.text(bar.bytes + longest * 0.012, row, figure, va="center", fontsize=10, color=INK)
     axis.axvline(panel.limit, color=LIMIT, linestyle=(0, (4, 2)), linewidth=1.4)
-    axis.text(
-        panel.limit, -0.62, f" {panel.limit_label}: {format_size(panel.limit)}", va="bottom", fontsize=9, color=LIMIT
-    )
+    axis.text(panel.limit, -0.62, f" {panel.limit_label}: {format_size(panel.limit)}", va="bottom", fontsize=9, color=LIMIT)
     axis.set_yticks(range(len(panel.bars)), [bar.label for bar in panel.bars], fontsize=10, color=INK)
     axis.set_ylim(len(panel.bars) - 0.5, -1.0)
     axis.set_xlim(0, longest * 1.42)  # room for the figures behind the longest bar

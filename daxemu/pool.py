@@ -105,6 +105,8 @@ class Pool:
             raise CorruptRecord("pool header", 0, "checksum", expected=header["checksum"], actual=found)
         if header["page_size"] != PAGE:
             raise CorruptRecord("pool header", 0, "page size", expected=PAGE, actual=header["page_size"])
+        if not MIN_FRAMES <= header["frames"] <= MAX_FRAMES:
+            raise CorruptRecord("pool header", 0, "frames", expected=f"{MIN_FRAMES} to {MAX_FRAMES}", actual=header["frames"])
         size = header["frames"] * PAGE
         if self.status.st_size < size:
             raise NotAPool(

@@ -106,7 +106,7 @@ class Checker:
         self.is_node = np.zeros(pool.frames, bool)
         self.is_data = np.zeros(pool.frames, bool)
         self.counted: Counter[str] = Counter()
-        self.leaves: dict[int, list[tuple[int, _Array, _Array]]] = {}  # inner results by tree root, see `tree`
+        self.leaves: dict[tuple[int, int], list[tuple[int, _Array, _Array]]] = {}  # by kind and root, see `tree`
 
     def found(self, code: str, where: str, pfn: int, expected: object, actual: object) -> None:
         """Note a finding."""
@@ -119,8 +119,8 @@ class Checker:
 
         `self.references[root]` is the caller's to count. A tree seen before is not walked again.
         """
-        if root in self.leaves:
-            return self.leaves[root]
+        if (kind, root) in self.leaves:
+            return self.leaves[kind, root]
         leaves: list[tuple[int, _Array, _Array]] = []
         stack: list[tuple[int, int | None, int, int]] = [(root, None, 0, (1 << 64) - 1)]
         while stack:
@@ -142,7 +142,7 @@ class Checker:
                 stack += [(int(c), level - 1, edges[n], edges[n + 1] - 1) for n, c in reversed(list(enumerate(rest)))]
             else:
                 leaves.append((pfn if first_visit else -pfn, keys, rest))
-        self.leaves[root] = [(-abs(pfn), keys, rest) for pfn, keys, rest in leaves]  # from now on, seen before
+        self.leaves[kind, root] = [(-abs(pfn), keys, rest) for pfn, keys, rest in leaves]  # from now on, seen before
         return leaves
 
     def node(self, kind: int, pfn: int, level: int | None, where: str) -> tuple[int, _Array, _Array, bool] | None:
@@ -279,7 +279,7 @@ class Checker:
                 extents.append((key, *EXTENT.unpack_from(inline, n * step + 8)))
             self.extents(where, abs(pfn), extents, count=pfn > 0)
         elif root:
-            new = root not in self.leaves
+            new = (_TREE["extent tree"], root) not in self.leaves
             for leaf, keys, rows in self.tree(_TREE["extent tree"], root, where):
                 values = rows.tolist()
                 some = [(k, v[0], v[1] & 0xFFFFFFFF, v[1] >> 32) for k, v in zip(keys.tolist(), values, strict=True)]
@@ -353,7 +353,7 @@ class Checker:
                         self.found("fragments", where, abs(pfn), "a maximal one, 2 references", f"{count} references")
                     if key < last_end:
                         self.found("fragments", where, abs(pfn), f"one behind {last_end}", key)
-                    stored[key : key + pages] = count
+                    stored[key : key + pages] = min(count, np.iinfo(np.int64).max)
                     last_end, last_count = key + pages, count
                     self.counted["fragments"] += 1
         actual = np.maximum(self.references, 1)

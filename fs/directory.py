@@ -19,6 +19,7 @@ NAME_MAX = 255
 
 _FIRST, _NEXT = DIRENT.size - 10, DIRENT.size  # bytes of a name in its first record, in each further one
 _RIVALS = 16  # names of one hash
+_NO_NAMES = (b"", b".", b"..")
 
 
 class Entry(NamedTuple):
@@ -69,6 +70,10 @@ def _entries(view: View, root: int, low: int = 0, high: int = (1 << 64) - 1) -> 
             target, kind, length, first = DIRENT.unpack_from(view.bytes, offset)
             head, name, missing = (key, target, kind), first[: min(length, _FIRST)], length - _FIRST
         if missing <= 0:
+            if head[2] not in KIND_NAMES or name in _NO_NAMES or b"/" in name or b"\0" in name:
+                raise CorruptRecord(
+                    "directory entry", root, "name and kind", expected="ones that can be", actual=(name, head[2])
+                )
             found.append((head[0], Entry(name, head[1], head[2])))
     return found
 

@@ -4,8 +4,9 @@ import os
 import secrets
 from collections.abc import Callable, Iterator
 
-import onecopy
 import pytest
+
+import onecopy
 
 SHM = "/dev/shm"
 

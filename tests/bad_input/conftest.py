@@ -8,8 +8,9 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import onecopy
 import pytest
+
+import onecopy
 from onecopy.daxemu.pool import HEADER
 from onecopy.daxemu.record import Record, checksum
 from onecopy.fs.format import COUNT, DIRENT, EXTENT, FANOUT, INODE, KINDS, NODE, SUBVOLUME, SUPERBLOCK, SUPERBLOCK_PFNS

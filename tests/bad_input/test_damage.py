@@ -3,6 +3,7 @@
 import stat
 
 import pytest
+
 from onecopy.daxemu.pool import HEADER
 from onecopy.fs.format import COUNT, DIRENT, EXTENT, INODE, NODE, SUBVOLUME, SUPERBLOCK
 

@@ -7,8 +7,9 @@ import signal
 import traceback
 from collections.abc import Callable, Iterator
 
-import onecopy
 import pytest
+
+import onecopy
 
 PAGE = onecopy.PAGE
 

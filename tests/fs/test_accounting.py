@@ -1,7 +1,8 @@
 """What sharing costs and what gives space back, counted; what extents and du tell about it."""
 
-import onecopy
 import pytest
+
+import onecopy
 
 PAGE = onecopy.PAGE
 PAGES = 1000

@@ -2,8 +2,9 @@
 
 import os
 
-import onecopy
 import pytest
+
+import onecopy
 
 PAGE = onecopy.PAGE
 HIGH = 1 << 61  # as high as an offset gets is twice that

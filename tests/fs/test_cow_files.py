@@ -2,8 +2,9 @@
 
 import itertools
 
-import onecopy
 import pytest
+
+import onecopy
 
 PAGE = onecopy.PAGE
 

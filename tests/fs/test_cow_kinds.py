@@ -6,8 +6,9 @@ what delayed allocation is elsewhere); `shared` with /origin; `other`, shared wi
 
 import itertools
 
-import onecopy
 import pytest
+
+import onecopy
 
 PAGE = onecopy.PAGE
 KINDS = ["hole", "unwritten", "regular", "fresh", "shared"]

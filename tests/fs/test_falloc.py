@@ -2,8 +2,9 @@
 
 import errno
 
-import onecopy
 import pytest
+
+import onecopy
 
 PAGE = onecopy.PAGE
 FALLOC = ["allocate", "collapse", "punch", "insert", "zero"]

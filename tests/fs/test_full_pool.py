@@ -1,7 +1,8 @@
 """Copy on write when the pool runs full: the writer gets ENOSPC, nobody's bytes change, deleting helps."""
 
-import onecopy
 import pytest
+
+import onecopy
 
 PAGE = onecopy.PAGE
 

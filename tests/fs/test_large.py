@@ -7,8 +7,9 @@ import os
 import random
 import shutil
 
-import onecopy
 import pytest
+
+import onecopy
 
 PAGE = onecopy.PAGE
 NODE_ENTRIES = 160  # extents that fit a leaf, about

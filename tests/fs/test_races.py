@@ -8,8 +8,9 @@ import os
 import random
 import signal
 
-import onecopy
 import pytest
+
+import onecopy
 from onecopy.daxemu import steps
 
 PAGE = onecopy.PAGE

@@ -3,8 +3,9 @@
 import resource
 import signal
 
-import onecopy
 import pytest
+
+import onecopy
 
 PAGE = onecopy.PAGE
 TAILS = [1, 17, 511, 512, PAGE - 1]

@@ -3,8 +3,9 @@
 import errno
 import shutil
 
-import onecopy
 import pytest
+
+import onecopy
 
 PAGE = onecopy.PAGE
 MAX_SIZE = 1 << 62

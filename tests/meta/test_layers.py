@@ -4,6 +4,7 @@ import ast
 from pathlib import Path
 
 import pytest
+
 from onecopy.fs.document import DOCUMENTS
 
 ROOT = Path(__file__).parents[2]
