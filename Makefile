@@ -3,7 +3,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-DEV := "pytest>=8,<10" "hypothesis>=6.100,<7" "ruff>=0.17,<0.18" "mypy>=2,<3"
 
 .PHONY: help demo test test-slow check format lint types bench docs clean
 help:            ## this list
@@ -11,7 +10,7 @@ help:            ## this list
 
 $(STAMP): pyproject.toml setup.py daxemu/_fault.c
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[plot]" $(DEV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[plot,dev]"
 	@touch $@
 
 demo: $(STAMP)   ## the main job on real input: clones mapped by many processes, memory measured

@@ -7,6 +7,7 @@ setup(
         Extension(
             "onecopy.daxemu._fault",
             ["src/onecopy/daxemu/_fault.c"],
+            depends=["src/onecopy/daxemu/_fault.h"],
             define_macros=[("Py_LIMITED_API", "0x030B0000")],
             extra_compile_args=["-std=c11", "-O2", "-Wall", "-Wextra", "-Werror"],
             py_limited_api=True,

@@ -5,6 +5,7 @@ PFN 0 is the pool's header; every other page belongs to whoever sits above. Fram
 """
 
 import errno
+import fcntl
 import mmap
 import os
 import secrets
@@ -162,6 +163,8 @@ class Pool:
     def close(self) -> None:
         """Unmap and close; releases the mount lock, which lives on this descriptor."""
         release(self.words, self.bytes, self.memory)
+        # Closing alone would leave the lock to what still maps the file: an array over a frame, a forked child.
+        fcntl.flock(self.fd, fcntl.LOCK_UN)
         os.close(self.fd)
 
 

@@ -14,11 +14,10 @@ from onecopy.fs import extents
 from onecopy.fs import inode as inodes
 from onecopy.fs.btree import MAX_KEY
 from onecopy.fs.extents import Extent
-from onecopy.fs.format import INLINE, INLINE_DATA, UNWRITTEN
+from onecopy.fs.format import INLINE, INLINE_DATA, MAX_SIZE, UNWRITTEN
 from onecopy.fs.inode import Inode
 from onecopy.fs.tx import Tx, View
 
-MAX_SIZE = 1 << 62
 _ZEROS = bytes(1 << 20)
 _GRANULE = 32  # pages, aligned in the file, whose private copies are put side by side
 
@@ -66,7 +65,11 @@ def read(view: View, inode: Inode, offset: int, size: int | None) -> bytes:
     """Return up to `size` bytes (all: None) from `offset` on."""
     check_range(offset, size or 0)
     left = max(0, inode.size - offset)
-    buffer = bytearray(left if size is None else min(size, left))
+    wanted = left if size is None else min(size, left)
+    try:
+        buffer = bytearray(wanted)
+    except MemoryError as error:
+        raise posix(errno.ENOMEM, detail=f"{wanted} bytes at once; read parts, or map the file") from error
     read_into(view, inode, offset, memoryview(buffer))
     return bytes(buffer)
 

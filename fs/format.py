@@ -117,6 +117,7 @@ INODE = Record(
     ],
 )  # fmt: skip
 INLINE_DATA, INLINE_EXTENTS = 1, 2
+MAX_SIZE = 1 << 62  # bytes of a file
 MAX_INLINE_EXTENTS = INLINE // (8 + EXTENT.size)
 
 SUBVOLUME = Record(

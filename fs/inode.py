@@ -7,13 +7,14 @@ of shared nodes have been handed down before anything the inode refers to is loo
 import errno
 import os
 import stat
+import struct
 import time
 
 from onecopy.daxemu.errors import CorruptRecord, posix
 from onecopy.daxemu.units import PAGE
 from onecopy.fs import counts
 from onecopy.fs.btree import ENTRIES, EXTENTS, INODES
-from onecopy.fs.format import INLINE_DATA, INLINE_EXTENTS, INODE
+from onecopy.fs.format import INLINE, INLINE_DATA, INLINE_EXTENTS, INODE, MAX_SIZE
 from onecopy.fs.tx import Subvolume, Tx, View
 
 _FIELDS = tuple(INODE.offset)
@@ -52,10 +53,14 @@ class Inode:
 
     def pack(self) -> bytes:
         """Return the record."""
-        return INODE.pack(
-            self.mode, self.links, self.uid, self.gid, self.size, self.accessed, self.modified, self.changed, self.root,
-            self.pages, self.parent, self.attributes, self.flags, self.inline_used, self.inline,
-        )  # fmt: skip
+        try:
+            return INODE.pack(
+                self.mode, self.links, self.uid, self.gid, self.size, self.accessed, self.modified, self.changed, self.root,
+                self.pages, self.parent, self.attributes, self.flags, self.inline_used, self.inline,
+            )  # fmt: skip
+        except struct.error as error:  # something was less than what was taken from it
+            where = f"{self.subvolume}:{self.number}"
+            raise CorruptRecord("inode", self.root, where, expected="counts of what there is", actual=error) from error
 
     @property
     def is_directory(self) -> bool:
@@ -99,14 +104,22 @@ def load(view: View, subvolume: int, number: int) -> Inode:
     offset = INODES.find(view.words, home.root, number) if home is not None else -1
     if offset < 0:
         raise CorruptRecord("inode", home.root if home else 0, "number", expected=f"{subvolume}:{number}", actual="none")
-    return Inode(subvolume, number, INODE.unpack_from(view.bytes, offset))
+    return _decode(view, subvolume, number, offset)
+
+
+def _decode(view: View, subvolume: int, number: int, offset: int) -> Inode:
+    inode = Inode(subvolume, number, INODE.unpack_from(view.bytes, offset))
+    if inode.size > MAX_SIZE or (inode.flags & INLINE_DATA and not inode.size == inode.inline_used <= INLINE):
+        actual = (inode.size, inode.flags, inode.inline_used)
+        raise CorruptRecord("inode", offset // PAGE, f"{subvolume}:{number}", expected="a size that can be", actual=actual)
+    return inode
 
 
 def change(tx: Tx, subvolume: int, number: int) -> Inode:
     """Return inode `number` to change: its path is the transaction's own, so its references are exact. `save` it after."""
     home = tx.change(_home(tx, subvolume))
     home.root, offset = INODES.own_value(tx, home.root, number)
-    inode = Inode(subvolume, number, INODE.unpack_from(tx.bytes, offset))
+    inode = _decode(tx, subvolume, number, offset)
     inode.place = (tx.inode_moves, offset)
     return inode
 
@@ -142,7 +155,10 @@ def make(tx: Tx, subvolume: int, mode: int, *, parent: int = 0, like: Inode | No
 def remove(tx: Tx, inode: Inode) -> None:
     """Delete the record, which `change` returned, and let go of everything it refers to."""
     if inode.attributes:
-        remove(tx, change(tx, inode.subvolume, inode.attributes))
+        holder = change(tx, inode.subvolume, inode.attributes)
+        if holder.attributes or not holder.is_file:
+            raise CorruptRecord("inode", holder.root, "attributes", expected="a file without any", actual=inode.attributes)
+        remove(tx, holder)
     root, runs = references(inode)
     counts.release(tx, runs)
     counts.drop(tx, ENTRIES if inode.is_directory else EXTENTS, root)

@@ -17,7 +17,7 @@ from onecopy.daxemu.record import checksum
 from onecopy.daxemu.runtime import Runtime
 from onecopy.daxemu.units import PAGE
 from onecopy.fs import superblock
-from onecopy.fs.btree import COUNTS, ENTRIES, EXTENTS, INODES, ROOTS, Tree
+from onecopy.fs.btree import COUNTS, ENTRIES, EXTENTS, INODES, MAX_KEY, ROOTS, Tree
 from onecopy.fs.format import (
     FIRST_FREE,
     INLINE_EXTENTS,
@@ -100,6 +100,16 @@ class Walk:
                 stack += [(tree, child, below - 1) for child in tree.children(self.pool.words, base)]
             elif tree is not ENTRIES:
                 stack += self._leaf(tree, base, pfn)
+        self._next("subvolume", ROOTS, block.roots, block.next_subvolume)
+        for _, offset in ROOTS.items(self.pool.words, block.roots):
+            record = SUBVOLUME.unpack(self.pool.bytes, offset)
+            self._next("inode", INODES, record["root"], record["next_inode"])
+
+    def _next(self, what: str, tree: Tree, root: int, number: int) -> None:
+        """Hold the number that the next record of a tree gets to be a new one."""
+        last = tree.floor(self.pool.words, root, MAX_KEY)
+        if last is not None and not last[0] < number < 1 << 63:
+            raise CorruptRecord("root", root, f"number of the next {what}", expected=f"above {last[0]}", actual=number)
 
     def _leaf(self, tree: Tree, base: int, pfn: int) -> list[tuple[Tree, int, int | None]]:
         count = self.pool.words[base] & 0xFFFF

@@ -34,6 +34,8 @@ def read_slot(pool: Pool, pfn: int) -> Superblock:
     block = Superblock(pfn, *(int(fields[name]) for name in Superblock._fields[1:]))
     if not FIRST_FREE <= block.roots < pool.frames or block.counts >= pool.frames:
         raise CorruptRecord("superblock", pfn, "roots", expected="PFNs within the pool", actual=(block.roots, block.counts))
+    if max(block.generation, block.next_subvolume) >= 1 << 63:
+        raise CorruptRecord("superblock", pfn, "counters", expected="below 2^63", actual=(block.generation, block.next_subvolume))
     return block
 
 

@@ -45,9 +45,12 @@ class Subvolume:
 
     def pack(self) -> bytes:
         """Return the record."""
-        return SUBVOLUME.pack(
-            self.root, self.next_inode, self.parent, self.directory, self.created, self.origin, self.inodes, self.flags
-        )
+        try:
+            return SUBVOLUME.pack(
+                self.root, self.next_inode, self.parent, self.directory, self.created, self.origin, self.inodes, self.flags
+            )
+        except struct.error as error:  # fewer inodes than were removed
+            raise CorruptRecord("subvolume", self.root, f"{self.id}", expected="inodes counted", actual=error) from error
 
     def copy(self) -> "Subvolume":
         """Return a copy that a transaction may change."""
