@@ -326,6 +326,7 @@ def verdict(one: Row) -> str:
 def describe(one: Row) -> Iterator[str]:
     """Yield the lines that tell a row to people."""
     yield f"{one.question}: {figure(one.ours)} {one.unit}"
-    yield f"    {one.peer}: {figure(one.against)} {one.unit}; ratio {figure(one.ratio)}"
+    if one.peer:
+        yield f"    {one.peer}: {figure(one.against)} {one.unit}; ratio {figure(one.ratio)}"
     yield f"    {verdict(one)}" + (f"; aim: {one.reach}" if one.reach else "")
     yield from (f"    {text}" for text in (one.skipped, one.note) if text)

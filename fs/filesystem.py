@@ -25,7 +25,7 @@ from onecopy.fs import fork as _fork  # noqa: F401 - registers what happens at f
 from onecopy.fs import inode as inodes
 from onecopy.fs.btree import ROOTS
 from onecopy.fs.directory import FILE, SUBVOLUME
-from onecopy.fs.format import ROOT_INODE, TOP
+from onecopy.fs.format import MAX_SIZE
 from onecopy.fs.inode import Inode
 from onecopy.fs.mount import Mount
 from onecopy.fs.namei import PHANTOM, Place
@@ -199,7 +199,7 @@ class FileSystem(Names):
 
     def unshare(self, path: str, offset: int = 0, length: int | None = None) -> None:
         """Give the file frames of its own wherever the range (all: None) is shared."""
-        self._on_file(path, content.unshare, offset, content.MAX_SIZE - offset if length is None else length)
+        self._on_file(path, content.unshare, offset, MAX_SIZE - offset if length is None else length)
 
     def seek(self, path: str, offset: int, whence: str) -> int:
         """Return the first offset from `offset` on that is in "data", or in a "hole" (the end is one). ENXIO past it."""
@@ -233,17 +233,8 @@ class FileSystem(Names):
 
     @staticmethod
     def _check_outside(tx: Tx, directory: Inode, place: Place) -> None:
-        subvolume, above = place.parent_subvolume, place.parent
-        while True:
-            if (subvolume, above) == (directory.subvolume, directory.number):
-                raise invalid("the destination lies inside its own source", place.path)
-            if above != ROOT_INODE:
-                above = inodes.load(tx, subvolume, above).parent
-                continue
-            home = tx.subvolume(subvolume)
-            if home is None or home.id == TOP:
-                return
-            subvolume, above = home.parent, home.directory
+        if (directory.subvolume, directory.number) in namei.above(tx, place.parent_subvolume, place.parent):
+            raise invalid("the destination lies inside its own source", place.path)
 
     def clone_range(self, src: str, src_offset: int, dst: str, dst_offset: int, length: int) -> None:
         """Make `length` bytes of `dst` (0: up to the end of `src`) share those of `src`; as ioctl FICLONERANGE."""

@@ -152,13 +152,17 @@ def make(tx: Tx, subvolume: int, mode: int, *, parent: int = 0, like: Inode | No
     return inode
 
 
+def holder(inode: Inode) -> Inode:
+    """Return `inode`, which another one names as the holder of its attributes; CorruptRecord when it can't be."""
+    if inode.attributes or not inode.is_file:
+        raise CorruptRecord("inode", inode.root, f"{inode.number}", expected="a holder of attributes", actual=oct(inode.mode))
+    return inode
+
+
 def remove(tx: Tx, inode: Inode) -> None:
     """Delete the record, which `change` returned, and let go of everything it refers to."""
     if inode.attributes:
-        holder = change(tx, inode.subvolume, inode.attributes)
-        if holder.attributes or not holder.is_file:
-            raise CorruptRecord("inode", holder.root, "attributes", expected="a file without any", actual=inode.attributes)
-        remove(tx, holder)
+        remove(tx, holder(change(tx, inode.subvolume, inode.attributes)))
     root, runs = references(inode)
     counts.release(tx, runs)
     counts.drop(tx, ENTRIES if inode.is_directory else EXTENTS, root)

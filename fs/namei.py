@@ -2,9 +2,10 @@
 
 import errno
 import os
+from collections.abc import Iterator
 from typing import NamedTuple
 
-from onecopy.daxemu.errors import invalid, posix
+from onecopy.daxemu.errors import CorruptRecord, invalid, posix
 from onecopy.fs import content
 from onecopy.fs import directory as directories
 from onecopy.fs import inode as inodes
@@ -110,6 +111,22 @@ def _step(view: View, here: Place, name: bytes, path: str) -> Place:
         else:
             number = PHANTOM
     return Place(subvolume, number, kind, here.subvolume, here.number, name, path)
+
+
+def above(view: View, subvolume: int, number: int) -> Iterator[tuple[int, int]]:
+    """Yield (subvolume, inode number) of a directory and of all that it lies in. CorruptRecord when they go in a circle."""
+    seen: set[tuple[int, int]] = set()
+    while (subvolume, number) not in seen:
+        seen.add((subvolume, number))
+        yield subvolume, number
+        if number != ROOT_INODE:
+            number = inodes.load(view, subvolume, number).parent
+            continue
+        home = view.subvolume(subvolume)
+        if home is None or home.id == TOP:
+            return
+        subvolume, number = home.parent, home.directory
+    raise CorruptRecord("inode", 0, f"{subvolume}:{number}", expected="a directory within others", actual="one within itself")
 
 
 def existing(view: View, path: str, *, follow: bool = True) -> Place:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from onecopy.daxemu.errors import CrossSubvolume, invalid, posix
+from onecopy.daxemu.errors import CorruptRecord, CrossSubvolume, invalid, posix
 from onecopy.fs import attributes, content, namei, sharing
 from onecopy.fs import directory as directories
 from onecopy.fs import inode as inodes
@@ -18,7 +18,7 @@ from onecopy.fs.format import ROOT_INODE, TOP
 from onecopy.fs.inode import Inode
 from onecopy.fs.mount import Mount
 from onecopy.fs.namei import PHANTOM, Place
-from onecopy.fs.tx import Tx
+from onecopy.fs.tx import Subvolume, Tx
 
 Progress = Callable[[int, int, str], None]  # (done, total, "bytes" | "files" | "pages")
 
@@ -95,13 +95,18 @@ class Names:
 
     def walk(self, path: str = "/") -> Iterator[tuple[str, list[str], list[str]]]:
         """Yield (directory, names of directories in it, other names) top down, as os.walk; the lists may be pruned."""
-        folders: list[str] = []
-        files: list[str] = []
-        for entry in self.scandir(path):
-            (folders if entry.kind in ("dir", "subvolume") else files).append(entry.name)
-        yield path, folders, files
-        for name in folders:
-            yield from self.walk(join(path, name))
+        stack: list[tuple[str, tuple[int, ...]]] = [(path, (self.stat(path).st_ino,))]
+        while stack:
+            here, above = stack.pop()  # with the inode numbers of the directories on the way, within the subvolume
+            entries = self.scandir(here)
+            inner = {e.name: (*above, e.ino) if e.kind == "dir" else () for e in entries if e.kind in ("dir", "subvolume")}
+            folders = list(inner)
+            yield here, folders, [entry.name for entry in entries if entry.name not in inner]
+            for name in folders[::-1]:
+                way = inner.get(name, ())
+                if way[-1:] and way[-1] in way[:-1]:
+                    raise CorruptRecord("directory entry", 0, join(here, name), expected="another directory", actual="one above")
+                stack.append((join(here, name), way))
 
     def mkdir(self, path: str, mode: int = 0o755, *, parents: bool = False, exist_ok: bool = False) -> None:
         """Make a directory. `parents`: those that are missing, too. `exist_ok`: it may be there already."""
@@ -208,24 +213,17 @@ class Names:
         """Return the pool's subvolumes by path, the top ("/") included."""
         with self._mount.reading() as view:
             found = [one for number, _ in ROOTS.items(view.words, view.roots) if (one := view.subvolume(number))]
-            by_number = {one.id: one for one in found}
 
-            def path_of(number: int) -> str:
-                one = by_number[number]
-                if number == TOP:
-                    return "/"
+            def path_of(one: Subvolume) -> str:
                 names: list[str] = []
-                child, above, kind = number, one.directory, SUBVOLUME
-                while True:
-                    directory = inodes.load(view, one.parent, above)
-                    names += [
-                        os.fsdecode(e.name) for e in directories.entries(view, directory) if (e.target, e.kind) == (child, kind)
-                    ]
-                    if above == ROOT_INODE:
-                        return join(path_of(one.parent), *names[::-1])
-                    child, above, kind = above, directory.parent, DIRECTORY
+                child, kind = one.id, SUBVOLUME
+                for subvolume, above in namei.above(view, one.parent, one.directory) if one.id != TOP else ():
+                    entries = directories.entries(view, inodes.load(view, subvolume, above))
+                    names += [os.fsdecode(e.name) for e in entries if (e.target, e.kind) == (child, kind)]
+                    child, kind = (subvolume, SUBVOLUME) if above == ROOT_INODE else (above, DIRECTORY)
+                return "/" + "/".join(names[::-1])
 
-            result = [SubvolumeInfo(one.id, path_of(one.id), one.parent, one.origin, one.inodes, one.created) for one in found]
+            result = [SubvolumeInfo(one.id, path_of(one), one.parent, one.origin, one.inodes, one.created) for one in found]
         return sorted(result, key=lambda one: one.path)
 
     def rename(self, src: str, dst: str) -> None:
@@ -270,14 +268,9 @@ class Names:
         source_is_directory = source.kind in (DIRECTORY, SUBVOLUME)
         if target.exists and source_is_directory != (target.kind in (DIRECTORY, SUBVOLUME)):
             raise posix(errno.ENOTDIR if source_is_directory else errno.EISDIR, target.path)
-        if source_is_directory:
-            above = target.parent
-            while True:
-                if source.kind == DIRECTORY and above == source.number:
-                    raise invalid("a directory can't become part of itself", target.path)
-                if above == ROOT_INODE:
-                    break
-                above = inodes.load(tx, target.parent_subvolume, above).parent
+        above = namei.above(tx, target.parent_subvolume, target.parent)
+        if source.kind == DIRECTORY and (source.subvolume, source.number) in above:
+            raise invalid("a directory can't become part of itself", target.path)
 
     def link(self, src: str, dst: str) -> None:
         """Give the file at `src` a second name. EXDEV between subvolumes, EPERM for a directory."""
@@ -329,6 +322,8 @@ class Names:
 
     def chown(self, path: str, uid: int, gid: int) -> None:
         """Set owner and group; -1 leaves one as it is."""
+        if not (-1 <= uid < 1 << 32 and -1 <= gid < 1 << 32):
+            raise invalid(f"user {uid} and group {gid}: they have 32 bits", path)
 
         def work(inode: Inode) -> None:
             inode.uid, inode.gid = inode.uid if uid == -1 else uid, inode.gid if gid == -1 else gid
@@ -338,6 +333,8 @@ class Names:
     def utime(self, path: str, ns: tuple[int, int] | None = None) -> None:
         """Set access and modification time in nanoseconds; None: now."""
         accessed, modified = ns if ns is not None else (time.time_ns(),) * 2
+        if not (0 <= accessed < 1 << 64 and 0 <= modified < 1 << 64):
+            raise invalid(f"times {accessed} and {modified}: they are nanoseconds since 1970 of 64 bits", path)
 
         def work(inode: Inode) -> None:
             inode.accessed, inode.modified = accessed, modified

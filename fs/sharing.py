@@ -42,7 +42,7 @@ def clone_inode(tx: Tx, source: Inode, subvolume: int, parent: int = 0) -> Inode
     new.root, new.flags, new.inline, new.inline_used = source.root, source.flags, source.inline, source.inline_used
     new.size, new.pages, new.modified = source.size, source.pages, source.modified
     if source.attributes:
-        new.attributes = clone_inode(tx, inodes.load(tx, source.subvolume, source.attributes), subvolume).number
+        new.attributes = clone_inode(tx, inodes.holder(inodes.load(tx, source.subvolume, source.attributes)), subvolume).number
     inodes.save(tx, new)
     return new
 

@@ -5,11 +5,14 @@ so nothing that a reader can reach ever changes, and `commit` publishes it by st
 the next holder of the lock undoes everything; after it, everything has happened.
 """
 
+import struct
+
 import numpy as np
 import numpy.typing as npt
 
 from onecopy.blkcache.frames import DIRTY, SHARED, Frames, Run
 from onecopy.blkcache.limbo import Limbo
+from onecopy.daxemu.errors import CorruptRecord
 from onecopy.daxemu.pool import Pool
 from onecopy.daxemu.runtime import Runtime, W
 from onecopy.daxemu.steps import reach

@@ -141,7 +141,7 @@ def test_what_this_machine_cannot_do_is_skipped(monkeypatch):
 
     monkeypatch.setattr(harness, "program", lambda name: None)
     rows = snapshot.measure(quick=True)
-    assert [row.met for row in rows] == [True, True] or all(row.ours for row in rows)
+    assert all(row.ours for row in rows)
     assert all(row.against is None and "not installed" in row.skipped for row in rows)
     monkeypatch.setattr(harness, "available_memory", lambda: 0)
     for row in dedupe.measure(quick=True):
