@@ -70,17 +70,17 @@ def dedupe(fs: "FileSystem", paths: tuple[str, ...] | list[str], *, apply: bool,
     """See FileSystem.dedupe."""
     with fs._mount.reading() as view:
         files = _files(view, paths)
-        frames = np.unique(np.concatenate([f.pfns for f in files])) if files else np.zeros(0, np.int64)
+        reached = np.zeros(len(view.table), np.int64)  # how often the files looked at reach each frame
+        for one in files:
+            np.add.at(reached, one.pfns, 1)
+        frames = np.flatnonzero(reached)
         words = np.frombuffer(view.words, np.uint64).reshape(-1, PAGE // 8)
         hashes = _hash(words, frames, progress)
-        keep = _masters(words, frames, hashes)
-        zero = int(np.count_nonzero((hashes == 0) & ~words[frames].any(1))) if len(frames) and (hashes == 0).any() else 0
+        keep = _masters(words, frames, hashes, compare=not apply)
+        zero = int(np.count_nonzero(~words[frames[hashes == 0]].any(1)))
         replaced = keep != frames
         # A frame is freed when every place that reaches it is in the files looked at.
         places = References(view).places
-        reached = np.zeros(len(view.table), np.int64)
-        for one in files:
-            np.add.at(reached, one.pfns, 1)
         goes = replaced & (reached[frames] >= places[frames])
     report = DedupeReport(
         scanned_pages=sum(len(f.pages) for f in files),
@@ -143,15 +143,18 @@ def _hash(words: npt.NDArray[np.uint64], frames: npt.NDArray[np.int64], progress
 
 
 def _masters(
-    words: npt.NDArray[np.uint64], frames: npt.NDArray[np.int64], hashes: npt.NDArray[np.uint64]
+    words: npt.NDArray[np.uint64], frames: npt.NDArray[np.int64], hashes: npt.NDArray[np.uint64], *, compare: bool
 ) -> npt.NDArray[np.int64]:
-    """Return for each frame the lowest frame with the same bytes."""
+    """Return for each frame the lowest frame with the same bytes; with the same hash, if whoever asks compares them."""
     keep = frames.copy()
     order = np.argsort(hashes, kind="stable")  # frames ascend within a hash
     ordered = hashes[order]
     starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]]) if len(ordered) else np.zeros(0, np.int64)
     lengths = np.diff(np.r_[starts, len(ordered)])
     master = np.repeat(order[starts], lengths)
+    if not compare:
+        keep[order] = frames[master]
+        return keep
     pairs = np.flatnonzero(order != master)
     rows = order[pairs]
     by_frame = np.argsort(rows)  # frames ascend: runs of equal pages are compared as runs

@@ -105,7 +105,9 @@ class Names:
             for name in folders[::-1]:
                 way = inner.get(name, ())
                 if way[-1:] and way[-1] in way[:-1]:
-                    raise CorruptRecord("directory entry", 0, join(here, name), expected="another directory", actual="one above")
+                    raise CorruptRecord(
+                        "directory entry", 0, join(here, name), expected="another directory", actual="one above"
+                    )
                 stack.append((join(here, name), way))
 
     def mkdir(self, path: str, mode: int = 0o755, *, parents: bool = False, exist_ok: bool = False) -> None:

@@ -35,7 +35,9 @@ def read_slot(pool: Pool, pfn: int) -> Superblock:
     if not FIRST_FREE <= block.roots < pool.frames or block.counts >= pool.frames:
         raise CorruptRecord("superblock", pfn, "roots", expected="PFNs within the pool", actual=(block.roots, block.counts))
     if max(block.generation, block.next_subvolume) >= 1 << 63:
-        raise CorruptRecord("superblock", pfn, "counters", expected="below 2^63", actual=(block.generation, block.next_subvolume))
+        raise CorruptRecord(
+            "superblock", pfn, "counters", expected="below 2^63", actual=(block.generation, block.next_subvolume)
+        )
     return block
 
 

@@ -135,7 +135,7 @@ def _finish(fs: FileSystem, status: os.stat_result, path: str) -> None:
 def _take_status(inode: "Inode", status: os.stat_result) -> None:
     inode.mode = stat.S_IFMT(inode.mode) | stat.S_IMODE(status.st_mode)
     inode.uid, inode.gid = status.st_uid, status.st_gid
-    inode.accessed, inode.modified = status.st_atime_ns, status.st_mtime_ns
+    inode.accessed, inode.modified = max(0, status.st_atime_ns), max(0, status.st_mtime_ns)  # a host knows older ones
 
 
 def _put_file(fs: FileSystem, src: str, dst: str, meter: _Meter) -> None:

@@ -1,0 +1,120 @@
+"""The point of it all: a page that clones share is in memory once, whoever maps them."""
+
+import os
+import re
+import struct
+
+import numpy as np
+import pytest
+
+import onecopy
+
+PAGE = onecopy.PAGE
+PAGES = 300
+
+
+def physical_frames(mapping: onecopy.Mapping) -> list[int]:
+    """Return the physical frame behind each page of a mapping, from the kernel; 0 where it does not say."""
+    assert len({mapping[page * PAGE] for page in range(PAGES)}) > 1  # touches every page
+    with open("/proc/self/pagemap", "rb") as file:
+        file.seek(mapping.address // PAGE * 8)
+        entries = struct.unpack(f"{PAGES}Q", file.read(PAGES * 8))
+    assert all(entry >> 63 for entry in entries), "present"
+    return [entry & (1 << 55) - 1 for entry in entries]
+
+
+def kernel_tells() -> bool:
+    """Return whether this process may see physical frame numbers."""
+    page = np.ones(PAGE, np.uint8)
+    with open("/proc/self/pagemap", "rb") as file:
+        file.seek(page.ctypes.data // PAGE * 8)
+        return bool(struct.unpack("Q", file.read(8))[0] & (1 << 55) - 1)
+
+
+def memory(mapping: onecopy.Mapping) -> dict[str, int]:
+    """Return Rss and Pss of a mapping in KiB, its VMAs added up."""
+    total = {"Rss": 0, "Pss": 0}
+    inside = False
+    with open("/proc/self/smaps") as file:
+        for line in file:
+            if span := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+                inside = mapping.address <= int(span[1], 16) < mapping.address + len(mapping)
+            elif inside and (found := re.match(r"(Rss|Pss): +(\d+) kB", line)):
+                total[found[1]] += int(found[2])
+    return total
+
+
+@pytest.fixture
+def clones(pool):
+    """A pool with a file of PAGES pages, no two alike, and two clones of it; the second is a clone of the first."""
+    pool.write("/base", np.repeat(np.arange(PAGES, dtype=np.uint32), PAGE // 4).tobytes())
+    pool.clone("/base", "/one")
+    pool.clone("/one", "/two")
+    return pool
+
+
+@pytest.fixture
+def look(clones, start):
+    """Start a process that maps a file and says what `measure` finds each time it is asked."""
+
+    def begin(path, measure):
+        def work(line):
+            with onecopy.open(clones.path) as fs, fs.map(path) as mapping:
+                while True:
+                    line.say(measure(mapping))
+                    if not line.hear():
+                        return
+
+        return start(work)
+
+    return begin
+
+
+def test_frames_of_the_pool_are_the_same(clones):
+    with clones.map("/base") as base, clones.map("/one") as one, clones.map("/two") as two:
+        assert base.pfns.tolist() == one.pfns.tolist() == two.pfns.tolist()
+        assert len(set(base.pfns.tolist())) == PAGES
+
+
+@pytest.mark.skipif(not kernel_tells(), reason="needs the right to see physical frame numbers")
+def test_two_processes_share_the_physical_frames(clones, look):
+    first, second = look("/one", physical_frames), look("/two", physical_frames)
+    frames = first.hear()
+    assert frames == second.hear() and len(set(frames)) == PAGES
+    clones.write("/two", b"another", 7 * PAGE + 5)
+    third = look("/two", physical_frames)
+    different = [page for page, pair in enumerate(zip(frames, third.hear(), strict=True)) if pair[0] != pair[1]]
+    assert different == [7]
+    assert second.ask(True) == frames, "what was mapped before stays as it was"
+
+
+def test_memory_is_paid_for_by_all_together(clones, look):
+    """Without privileges: the kernel divides each page among those who map it."""
+    users = [look(path, lambda mapping: (memory(mapping), mapping[:])[0]) for path in ("/base", "/one", "/two")]
+    for user in users:
+        user.hear()
+    for user in users:
+        found = user.ask(True)
+        assert found["Rss"] == PAGES * PAGE // 1024
+        assert found["Pss"] <= found["Rss"] / 3 + 1
+
+
+def test_a_page_written_through_one_clone_differs_in_that_one_only(clones):
+    with clones.map("/one") as before:
+        clones.write("/one", b"x" * PAGE, 100 * PAGE)
+        with clones.map("/one") as after, clones.map("/two") as other:
+            changed = np.flatnonzero(after.pfns != before.pfns)
+            assert changed.tolist() == [100]
+            assert (other.pfns == before.pfns).all()
+            assert before[:] == other[:] != after[:]
+
+
+def test_clones_cost_no_memory_of_the_host(clones):
+    clones.sync()
+    before = os.stat(clones.path).st_blocks
+    for n in range(50):
+        clones.clone("/two", f"/more{n}")
+        with clones.map(f"/more{n}") as mapping:
+            assert mapping[-1] == clones.read("/base")[-1]
+    clones.sync()
+    assert os.stat(clones.path).st_blocks - before < 64 * PAGE // 512, "a few tree nodes"
