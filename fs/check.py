@@ -3,6 +3,7 @@
 Findings have permanent codes. It reads the pool page by page with numpy and struct and goes on after damage where it can.
 """
 
+import hashlib
 import os
 import stat
 from collections import Counter
@@ -16,7 +17,7 @@ import numpy.typing as npt
 from onecopy.daxemu.errors import CorruptRecord
 from onecopy.daxemu.pool import Pool
 from onecopy.daxemu.record import Record, checksum
-from onecopy.daxemu.units import PAGE
+from onecopy.daxemu.units import PAGE, pages_of
 from onecopy.fs import superblock
 from onecopy.fs.format import (
     COUNT,
@@ -264,6 +265,8 @@ class Checker:
         is_directory = stat.S_ISDIR(int(inode["mode"]))
         if bool(root) + bool(flags & INLINE_DATA) + bool(flags & INLINE_EXTENTS) > 1:
             self.found("inode", where, abs(pfn), "one home for the content", f"root {root}, flags {flags}")
+        if flags & ~(INLINE_DATA | INLINE_EXTENTS) or (used and not flags) or (flags & INLINE_EXTENTS and used > MAX_INLINE_EXTENTS):
+            self.found("inode", where, abs(pfn), "known flags, and content that fits the record", f"flags {flags}, {used} used")
         if root and pfn > 0 and root < self.pool.frames:
             self.references[root] += 1
         if is_directory:
@@ -288,6 +291,9 @@ class Checker:
         pages = sum(e[2] for e in extents)
         if pages != inode["pages"]:
             self.found("pages", where, 0, pages, inode["pages"])
+        end = max((page + count for page, _, count, _ in extents), default=0)
+        if end > pages_of(inode["size"]):
+            self.found("inode", where, 0, f"no pages behind its {inode['size']} bytes", f"{end} pages")
         for (page, _, count, _), after in pairwise(extents):
             if page + count > after[0]:
                 self.found("overlap", where, 0, f"an extent behind page {page + count - 1}", f"one at {after[0]}")
@@ -331,6 +337,9 @@ class Checker:
                 last = key
                 if missing <= 0:
                     found.append((name, target, kind))
+                    hashed = int.from_bytes(hashlib.blake2b(name, digest_size=7).digest(), "little")
+                    if key >> 8 != hashed:
+                        self.found("name", f"{where}, {os.fsdecode(name)!r}", abs(pfn), f"key {hashed << 8:#x}", f"{key:#x}")
         if len({name for name, _, _ in found}) != len(found):
             self.found("name", where, root, "every name once", "a repetition")
         return found

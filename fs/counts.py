@@ -38,6 +38,8 @@ def references(view: "View", pfn: int) -> int:
 
 def is_one_fragment(view: "View", pfn: int, pages: int) -> bool:
     """Return whether all of the frames are counted by one record, or by none."""
+    if COUNTS.alone(view.words, view.counts, pfn, pages) >= 0:
+        return True
     if not (view.table[pfn] & SHARED if pages == 1 else (view.array[pfn : pfn + pages] & SHARED).any()):
         return True
     last = COUNTS.floor(view.words, view.counts, pfn + pages - 1)
@@ -82,6 +84,11 @@ def split_by_references(view: "View", pfn: int, pages: int) -> list[Fragment]:
 def add(tx: "Tx", pfn: int, pages: int, delta: int) -> list[Run]:
     """Change the references of frames [pfn, pfn + pages) by `delta`; return the runs that nobody refers to any more."""
     end = pfn + pages
+    alone = COUNTS.alone(tx.words, tx.counts, pfn, pages)
+    if alone >= 0 and tx.words[(alone >> 3) + 1] + delta >= 2:  # the usual case: one more or less of what is a record
+        tx.counts, alone = COUNTS.own_value(tx, tx.counts, pfn)
+        tx.words[(alone >> 3) + 1] += delta
+        return []
     if delta > 0:
         if pages == 1:
             tx.table[pfn] |= SHARED
@@ -89,11 +96,6 @@ def add(tx: "Tx", pfn: int, pages: int, delta: int) -> list[Run]:
             tx.array[pfn:end] |= np.uint8(SHARED)
     elif not (tx.table[pfn] & SHARED if pages == 1 else (tx.array[pfn:end] & SHARED).any()):
         return [(pfn, pages)]
-    alone = COUNTS.alone(tx.words, tx.counts, pfn, pages)
-    if alone >= 0 and tx.words[(alone >> 3) + 1] + delta >= 2:  # the usual case: one more or less of what is a record
-        tx.counts, alone = COUNTS.own_value(tx, tx.counts, pfn)
-        tx.words[(alone >> 3) + 1] += delta
-        return []
     old = fragments(tx, pfn - 1, end + 1)  # with the neighbours that touch
     pieces: list[Fragment] = []
     freed: list[Run] = []

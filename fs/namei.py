@@ -47,6 +47,11 @@ def split(path: str) -> list[bytes]:
         raise posix(errno.ENOENT, path)
     if raw[0] != 47:
         raise invalid("paths in a pool are absolute: they start with '/'", path)
+    return _names(raw, path)
+
+
+def _names(raw: bytes, path: str) -> list[bytes]:
+    """Return the names in a path, or in a link on it."""
     if b"\0" in raw:
         raise invalid("a zero byte in a path", path)
     names = [name for name in raw.split(b"/") if name and name != b"."]
@@ -81,10 +86,10 @@ def walk(view: View, path: str, *, follow: bool = True) -> Place:
             links += 1
             if links > _LINKS:
                 raise posix(errno.ELOOP, path)
-            target = content.read(view, inodes.load(view, found.subvolume, found.number), 0, None)
+            target = content.read(view, inodes.load(view, found.subvolume, found.number), 0, PATH_MAX + 1)
             if target.startswith(b"/"):
                 del trail[1:]
-            names += [part for part in target.split(b"/") if part and part != b"."][::-1]
+            names += _names(target, path)[::-1]
             continue
         trail.append(found)
     if directory_only and trail[-1].kind not in (DIRECTORY, SUBVOLUME):
