@@ -28,7 +28,7 @@ def measure(quick: bool) -> list[Row]:
         fs.write("/base", data)
         if root := xfs.root:
             (root / "base").write_bytes(data)
-            os.sync()
+            harness.sync(root)
         ours, whole = harness.alternate(
             4 if quick else 60, lambda: clones(fs, "/base"), (lambda: reflinks(root / "base", alone)) if root else None
         )

@@ -63,7 +63,7 @@ def fragment(root: Path, data: bytes) -> None:
         fcntl.ioctl(target, FICLONE, source.fileno())
         for page in range(0, len(data) // PAGE, 2):
             os.pwrite(target.fileno(), os.urandom(PAGE), page * PAGE)
-    os.sync()
+    harness.sync(root)
 
 
 if __name__ == "__main__":

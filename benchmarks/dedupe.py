@@ -124,11 +124,11 @@ def dedupe(fs: FileSystem, files: Path, reported: list[int], net: list[int]) -> 
 def duperemove(words: list[str], files: Path, root: Path, freed: list[int]) -> list[int]:
     """Do the same on a kernel file system with a command."""
     shutil.copytree(files, root / "files")
-    os.sync()
+    harness.sync(root)
     before = os.statvfs(root)
     command = [*words, str(root / "files")]
     took = harness.nanoseconds(partial(subprocess.run, command, check=True, capture_output=True))
-    os.sync()
+    harness.sync(root)
     freed.append((os.statvfs(root).f_bfree - before.f_bfree) * before.f_frsize)
     shutil.rmtree(root / "files")
     return [took]

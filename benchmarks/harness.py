@@ -274,6 +274,12 @@ def command(*words: str) -> str:
     return f"{os.path.basename(words[0])} failed: {done.stderr.strip() or f'status {done.returncode}'}"
 
 
+def sync(root: Path) -> None:
+    """Write out what a mounted file system holds back, and leave all other file systems alone."""
+    if complaint := command("sync", "--file-system", str(root)):
+        raise OSError(complaint)
+
+
 def write_random(path: Path, size: int) -> None:
     """Make a file of random bytes."""
     with open(path, "wb") as file:

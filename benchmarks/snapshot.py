@@ -85,7 +85,7 @@ def of_pool(fs: FileSystem, tree: Path) -> Timed:
 def of_xfs(root: Path, tree: Path) -> Timed:
     """Copy the tree to an XFS; return what clones it there."""
     shutil.copytree(tree, root / "tree")
-    os.sync()
+    harness.sync(root)
     command = ["cp", "-a", "--reflink=always", str(root / "tree"), str(root / "copy")]
 
     def run() -> list[int]:
@@ -111,7 +111,7 @@ def of_btrfs(root: Path, tree: Path) -> Timed:
     fcntl.ioctl(top, SUBVOL_CREATE, argument(NAME, 0, b"image"))
     os.close(top)
     shutil.copytree(tree, root / "image" / "tree")
-    os.sync()
+    harness.sync(root)
     return run
 
 

@@ -69,8 +69,8 @@ class RankedLock:
         """
         ranks: list[int] = _held.__dict__.setdefault("ranks", [])
         here = threading.get_ident()
-        self._threads.acquire()
         try:
+            self._threads.acquire()
             if self._depth == 0:
                 if ranked and ranks and ranks[-1] >= self._rank:
                     held = RANKS[ranks[-1]][0]
@@ -99,15 +99,15 @@ class RankedLock:
                 if after is not None:
                     after()
         finally:
-            self._threads.release()
+            self._let_threads_in()
 
     def try_idle(self) -> bool:
         """Take the lock if that needs no waiting and this thread holds no lock at all; True when taken."""
         ranks: list[int] = _held.__dict__.setdefault("ranks", [])
         here = threading.get_ident()
-        if ranks or not self._threads.acquire(blocking=False):
-            return False
         try:
+            if ranks or not self._threads.acquire(blocking=False):
+                return False
             _FLOCK.lock(self.fd, LockFlags.EXCLUSIVE | LockFlags.NON_BLOCKING)
             ranks.append(self._rank)
             self._holder = here
@@ -121,11 +121,20 @@ class RankedLock:
 
     def _take_back(self, ranks: list[int]) -> None:
         """After an exception, an interrupt too, that came before `_depth` said that we have the lock."""
+        if not self._threads._is_owned():  # type: ignore[attr-defined]
+            return  # it came while another thread had it
         if self._depth == 0 and self.fd >= 0:
             fcntl.flock(self.fd, fcntl.LOCK_UN)
             if ranks and ranks[-1] == self._rank:
                 ranks.pop()
-        self._threads.release()
+        self._let_threads_in()
+
+    def _let_threads_in(self) -> None:
+        """Give up one hold on the threads' lock; all with the last: an interrupt may have come before one was noted."""
+        if self._depth:
+            self._threads.release()
+        while not self._depth and self._threads._is_owned():  # type: ignore[attr-defined]
+            self._threads.release()
 
     def __enter__(self) -> "RankedLock":
         self.acquire()

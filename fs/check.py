@@ -265,7 +265,8 @@ class Checker:
         is_directory = stat.S_ISDIR(int(inode["mode"]))
         if bool(root) + bool(flags & INLINE_DATA) + bool(flags & INLINE_EXTENTS) > 1:
             self.found("inode", where, abs(pfn), "one home for the content", f"root {root}, flags {flags}")
-        if flags & ~(INLINE_DATA | INLINE_EXTENTS) or (used and not flags) or (flags & INLINE_EXTENTS and used > MAX_INLINE_EXTENTS):
+        room = {INLINE_DATA: INLINE, INLINE_EXTENTS: MAX_INLINE_EXTENTS}.get(flags, 0)
+        if used > room or flags & ~(INLINE_DATA | INLINE_EXTENTS):
             self.found("inode", where, abs(pfn), "known flags, and content that fits the record", f"flags {flags}, {used} used")
         if root and pfn > 0 and root < self.pool.frames:
             self.references[root] += 1

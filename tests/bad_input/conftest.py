@@ -230,6 +230,10 @@ class Workout:
         """Change and remove everything."""
         self.attempt(fs.snapshot, "/sub", "/snap2")
         self.attempt(fs.clone_tree, "/d", "/d2")
+        self.attempt(fs.clone_tree, "/d", "/d/e/within")
+        self.attempt(fs.mkdir, "/x")
+        self.attempt(fs.clone_tree, "/x", "/d/e/x")
+        self.attempt(fs.rename, "/x", "/d/e/y")
         for number, path in enumerate(paths):
             self.attempt(fs.clone, path, f"/clone{number}")
             self.attempt(fs.write, path, b"x" * PAGE, 100)

@@ -135,6 +135,29 @@ def test_an_interrupt_while_locking_leaves_nothing_locked(lock, file, monkeypatc
     assert is_free(file)
 
 
+def test_an_interrupt_while_another_thread_has_it_takes_nothing_away(lock, file, monkeypatch):
+    class Impatient:
+        """The threads' lock, for a thread that is interrupted while it waits."""
+
+        _is_owned = lock._threads._is_owned
+
+        def acquire(self):
+            raise Interrupted
+
+    def wait():
+        try:
+            lock.acquire()
+        except Interrupted:
+            return "interrupted"
+
+    with lock:
+        with monkeypatch.context() as patch:
+            patch.setattr(lock, "_threads", Impatient())
+            assert elsewhere(wait) == "interrupted"
+        assert lock.held_here and not is_free(file)
+    assert is_free(file)
+
+
 def test_what_is_to_run_last_runs_once_and_unlocked(lock, file):
     states = []
     with lock, lock:

@@ -1,5 +1,6 @@
 """Fixtures of the tests with several processes."""
 
 from .processes import start
+from .trials import counted, image, trial
 
-__all__ = ["start"]
+__all__ = ["counted", "image", "start", "trial"]

@@ -61,6 +61,15 @@ class Process:
             self._status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         return self._status
 
+    def wait_for_all(self) -> int:
+        """`wait`, also for all that the child forked: they hold the other end of the pipe."""
+        status = self.wait()
+        with contextlib.suppress(EOFError):
+            while self._pipe.poll(PATIENCE):
+                self._pipe.recv()
+            raise AssertionError(f"what process {self.pid} forked hangs")
+        return status
+
     def result(self) -> Any:
         """Return what `work` returned, once the child has ended."""
         value = self.hear()
@@ -135,14 +144,10 @@ def die() -> None:
 
 
 class Lines:
-    """Counts the lines of the package's own code that this process runs, and calls `act` at one of them (0: at none).
+    """Counts the lines of the package's own code that this process runs, and calls `act` at one of them (0: at none)."""
 
-    `skip`: functions, as "module.function", whose lines don't count.
-    """
-
-    def __init__(self, number: int = 0, act: Callable[[], object] = die, skip: frozenset[str] = frozenset()) -> None:
-        self.number, self.act, self.skip = number, act, skip
-        self.count, self.place = 0, ""
+    def __init__(self, number: int = 0, act: Callable[[], object] = die) -> None:
+        self.number, self.act, self.count = number, act, 0
 
     def __enter__(self) -> "Lines":
         sys.settrace(self._call)
@@ -152,22 +157,42 @@ class Lines:
         sys.settrace(None)
 
     def _call(self, frame: FrameType, event: str, _: object) -> Callable[..., Any] | None:
-        code = frame.f_code
-        if not code.co_filename.startswith(PACKAGE):
-            return None
-        return None if self._name(frame) in self.skip else self._line
+        return self._line if frame.f_code.co_filename.startswith(PACKAGE) else None
 
     def _line(self, frame: FrameType, event: str, _: object) -> Callable[..., Any]:
         if event == "line":
-            self.count += 1
-            if self.count == self.number:
-                self.place = f"{self._name(frame)}, line {frame.f_lineno}"
-                self.act()
+            self._pass()
         return self._line
 
-    @staticmethod
-    def _name(frame: FrameType) -> str:
-        return f"{frame.f_globals['__name__'].rpartition('.')[2]}.{frame.f_code.co_name}"
+    def _pass(self) -> None:
+        self.count += 1
+        if self.count == self.number:
+            self.act()
+
+
+class Calls(Lines):
+    """As `Lines`, but at the points where Python runs signal handlers: where a function starts and where one in C has ended.
+
+    `skip`: functions, as "module.name", at whose start nothing happens.
+    """
+
+    def __init__(self, number: int = 0, act: Callable[[], object] = die, skip: frozenset[str] = frozenset()) -> None:
+        super().__init__(number, act)
+        self.skip = skip
+
+    def __enter__(self) -> "Calls":
+        sys.setprofile(self._event)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.setprofile(None)
+
+    def _event(self, frame: FrameType, event: str, _: object) -> None:
+        if event not in ("call", "c_return") or not frame.f_code.co_filename.startswith(PACKAGE):
+            return
+        name = f"{frame.f_globals['__name__'].rpartition('.')[2]}.{frame.f_code.co_name}"
+        if event == "c_return" or name not in self.skip:
+            self._pass()
 
 
 @contextlib.contextmanager

@@ -34,7 +34,7 @@ def before(fs: onecopy.FileSystem) -> None:
     fs.write("/tiny", b"tiny")
     fs.setxattr("/tiny", "user.name", b"value" * 50)
     for page in range(0, 400, 2):
-        fs.write("/runs", pages("r"), page * PAGE)  # more extents than one leaf holds
+        fs.write("/runs", bytes([page // 2]) * PAGE, page * PAGE)  # more extents than one leaf holds, no two alike
     fs.clone("/runs", "/runs of the clone")
     fs.mkdir("/dir")
     fs.write("/dir/file", pages("f"))
