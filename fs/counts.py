@@ -36,19 +36,6 @@ def references(view: "View", pfn: int) -> int:
     return int(count) if pfn < first + pages else 1
 
 
-def is_one_fragment(view: "View", pfn: int, pages: int) -> bool:
-    """Return whether all of the frames are counted by one record, or by none."""
-    if COUNTS.alone(view.words, view.counts, pfn, pages) >= 0:
-        return True
-    if not (view.table[pfn] & SHARED if pages == 1 else (view.array[pfn : pfn + pages] & SHARED).any()):
-        return True
-    last = COUNTS.floor(view.words, view.counts, pfn + pages - 1)
-    if last is None:
-        return True
-    first, end = last[0], last[0] + view.words[last[1] >> 3]
-    return end <= pfn or (first <= pfn and end >= pfn + pages)
-
-
 def fragments(view: "View", low: int, high: int) -> list[Fragment]:
     """Return the recorded fragments that overlap [low, high), whole, ascending."""
     found: list[Fragment] = []

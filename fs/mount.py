@@ -378,10 +378,11 @@ class Mount:
             lock_fd = reopen(self.lock.fd)
         except OSError:  # the process gave up the privileges that it opened the pool with
             return
+        # Before our copy of the parent's description goes: it holds the lock shared, so this can't fail.
+        try_mount(pool_fd, exclusive=False)
         for fd in (self.pool.fd, self.lock.fd, self.slot.fd):
             os.close(fd)
         self.pool.fd, self.slot = pool_fd, slot
-        try_mount(pool_fd, exclusive=False)  # can't fail: the parent's description holds it shared
         self.pool.persistence = persistence_of(pool_fd)
         self.lock = RankedLock("transaction", lock_fd)
         slot.adopt()

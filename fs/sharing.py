@@ -24,15 +24,15 @@ from onecopy.fs.namei import PHANTOM, Place, parent_of
 from onecopy.fs.tx import Subvolume, Tx
 
 _COMPARE = 64  # pages compared at once
+_FEW = 16  # pages: with no more than that, a clone shares extents that lie in the inode one by one
 
 
 def clone_inode(tx: Tx, source: Inode, subvolume: int, parent: int = 0) -> Inode:
     """Make an inode in `subvolume` that shares all content of `source`, a file or symbolic link; O(1)."""
     if source.flags & INLINE_EXTENTS:
-        runs = inodes.references(source)[1]
-        if all(counts.is_one_fragment(tx, pfn, pages) for pfn, pages in runs):
-            counts.add_runs(tx, runs, 1)
-        else:  # counting each of the fragments that others made of these extents would not be O(1): give them a root
+        if source.pages <= _FEW:
+            counts.add_runs(tx, inodes.references(source)[1], 1)
+        else:  # counting pages, or the fragments that others made of them, would not be O(1): give them a root to share
             source = inodes.change(tx, source.subvolume, source.number)
             extents.to_tree(tx, source)
             inodes.save(tx, source)

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from onecopy.blkcache.frames import SHARED, Run
+from onecopy.daxemu.errors import CorruptRecord
 from onecopy.daxemu.units import PAGE, pages_of
 from onecopy.fs import counts, extents, namei
 from onecopy.fs import directory as directories
@@ -82,8 +83,7 @@ class References:
                 times = self.places[pfn]
                 children = tree.children(view.words, base)
                 if children:
-                    for child in children:
-                        self.places[child] += times
+                    _add(self.places, [(child, 1) for child in children], times)
                     rounds.setdefault((key[0], key[1] + 1), set()).update(children)
                 elif tree is EXTENTS:
                     _add(self.places, counts.leaf_runs(view, base), times)
@@ -91,7 +91,7 @@ class References:
                     for root, runs in self._below(tree, base):
                         _add(self.places, runs, times)
                         if root:
-                            self.places[root] += times
+                            _add(self.places, [(root, 1)], times)
                             rounds.setdefault((key[0] + 1, -self._level(root)), set()).add(root)
 
     def _level(self, pfn: int) -> int:
@@ -111,8 +111,11 @@ class References:
 def _add(places: npt.NDArray[np.int64], runs: list[Run], times: int) -> None:
     """Add `times` to the places of every frame of `runs`, which may repeat."""
     singles = [pfn for pfn, pages in runs if pages == 1]
-    if singles:
-        np.add.at(places, singles, times)
+    try:
+        if singles:
+            np.add.at(places, singles, times)
+    except (IndexError, OverflowError) as error:  # damage since the cold open, which looked at all pointers
+        raise CorruptRecord("pointer", max(singles), "PFN", expected=f"below {len(places)}", actual=max(singles)) from error
     if len(singles) < len(runs):
         for pfn, pages in runs:
             if pages > 1:

@@ -126,7 +126,10 @@ def test_a_signal_leaves_nothing_behind(start, pools, tmp_path, step, number):
     shown = b""
     while step.encode() not in shown:
         shown += os.read(screen, 4096)
-    os.killpg(process.pid, number)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # as a terminal does
+    else:
+        process.send_signal(number)
     process.communicate()
     os.close(screen)
     assert process.returncode == 128 + number
