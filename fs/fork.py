@@ -34,9 +34,7 @@ def _before() -> None:
 def _after_in_parent() -> None:
     for lock, mounts in _prepared:
         for mount in mounts:
-            if mount.child_slot is not None:
-                os.close(mount.child_slot.fd)
-                mount.child_slot = None
+            mount.forget_child()
         lock.release()
     _prepared.clear()
 

@@ -7,6 +7,7 @@ sync, when space ran out. Whoever gets the lock first finishes or undoes what a 
 import errno
 import itertools
 import os
+import struct
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from onecopy.blkcache.frames import DIRTY, FRESH, NODE, USED, Frames, Run, cut_r
 from onecopy.blkcache.limbo import INTENT_RECLAIM, Limbo
 from onecopy.blkcache.pins import Pins
 from onecopy.daxemu import slots
-from onecopy.daxemu.errors import NoSpace, OneCopyError, ReadOnly, RuntimeLost, posix
+from onecopy.daxemu.errors import CorruptRecord, NoSpace, OneCopyError, ReadOnly, RuntimeLost, posix
 from onecopy.daxemu.locks import RankedLock, reopen, try_mount
 from onecopy.daxemu.mapping import Mapping
 from onecopy.daxemu.persist import persistence_of
@@ -37,6 +38,9 @@ T = TypeVar("T")
 INTENT_SYNC = 2
 _LIVE, _INTENT, _TAKEN, _HEAD = W["live_generation"], W["intent"], W["taken_generation"], W["limbo_head"]
 _RECLAIM_AT = 256  # entries in limbo at which a transaction reclaims first
+
+# What Python raises when code follows a damaged pointer or count. A cold open looks at all of them, so it is damage since then.
+_ASTRAY = (IndexError, OverflowError, struct.error)
 
 MOUNTS: "weakref.WeakSet[Mount]" = weakref.WeakSet()  # for fork
 
@@ -74,6 +78,12 @@ class Reading:
             self._slot.retract(self._word)
         elif kind is None:  # the slot and the word in it are the parent's
             raise OneCopyError("a read begun before fork can't be finished by the child", code=errno.EPERM)
+        if isinstance(value, _ASTRAY):
+            raise _damage(value) from value
+
+
+def _damage(error: BaseException) -> CorruptRecord:
+    return CorruptRecord("tree", 0, "a pointer or count in it", expected="one that fits", actual=repr(error))
 
 
 class Mount:
@@ -125,6 +135,7 @@ class Mount:
         self._keys = itertools.count()
         self._dropped: deque[int] = deque()
         self.child_slot: Slot | None = None
+        self.child_pool_fd = -1
 
     def _fill(self) -> None:
         try:
@@ -186,9 +197,11 @@ class Mount:
                     if last:
                         raise
                     self._make_room()
-                except BaseException:
+                except BaseException as error:
                     if os.getpid() == pid:
                         self._abort()
+                    if isinstance(error, _ASTRAY):
+                        raise _damage(error) from error
                     raise
                 finally:
                     self._running = False
@@ -364,6 +377,19 @@ class Mount:
             slot.release()
             raise
         self.child_slot = slot
+        try:  # the mount lock, too, on a description of the child's own: the parent's is unlocked when the parent closes
+            self.child_pool_fd = reopen(self.pool.fd, os.O_RDWR if self.pool.writable else os.O_RDONLY)
+            try_mount(self.child_pool_fd, exclusive=False)
+        except OSError:  # the process gave up the privileges that it opened the pool with
+            self.child_pool_fd = -1
+
+    def forget_child(self) -> None:
+        """In the parent, after the fork: the child alone keeps what was made for it."""
+        if self.child_slot is not None:
+            os.close(self.child_slot.fd)
+            self.child_slot = None
+            if self.child_pool_fd >= 0:
+                os.close(self.child_pool_fd)
 
     def become_child(self) -> None:
         """In the forked child: take over the slot made for us; give every lock a descriptor of its own.
@@ -371,15 +397,13 @@ class Mount:
         Where that can't be, `pid` stays the parent's and the descriptors stay open: what is mapped stays pinned.
         """
         slot, self.child_slot = self.child_slot, None
-        if slot is None:
+        if slot is None or self.child_pool_fd < 0:
             return
         try:
-            pool_fd = reopen(self.pool.fd, os.O_RDWR if self.pool.writable else os.O_RDONLY)
             lock_fd = reopen(self.lock.fd)
-        except OSError:  # the process gave up the privileges that it opened the pool with
+        except OSError:
             return
-        # Before our copy of the parent's description goes: it holds the lock shared, so this can't fail.
-        try_mount(pool_fd, exclusive=False)
+        pool_fd = self.child_pool_fd
         for fd in (self.pool.fd, self.lock.fd, self.slot.fd):
             os.close(fd)
         self.pool.fd, self.slot = pool_fd, slot
