@@ -65,7 +65,8 @@ class Pool:
     def __init__(self, path: str, *, writable: bool) -> None:
         self.path, self.writable = os.path.abspath(path), writable
         try:
-            self.fd = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
+            # Non-blocking: a pipe by that name is refused below, not waited for.
+            self.fd = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_NONBLOCK | os.O_CLOEXEC)
         except IsADirectoryError as error:
             raise NotAPool("a directory, not a pool file", path=path) from error
         except OSError as error:

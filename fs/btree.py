@@ -213,11 +213,15 @@ class Tree:
         return root
 
     def _own_child(self, tx: "Tx", at: int) -> int:
-        """Own the child behind key word `at` of an owned inner node; return its PFN."""
-        child = tx.words[at + _C - _K]
+        """Own the child behind key word `at` of an owned inner node; return its PFN. It is one level lower (no circles)."""
+        words = tx.words
+        child = words[at + _C - _K]
         mine = tx.own(self, child)
+        level = (words[at >> 9 << 9] >> 16 & 0xFF) - 1
+        if words[mine << 9] >> 16 & 0xFF != level:
+            self.enter(words, mine, level)
         if mine != child:
-            tx.words[at + _C - _K] = mine
+            words[at + _C - _K] = mine
         return mine
 
     def insert(self, tx: "Tx", root: int, key: int, value: bytes) -> int:

@@ -219,24 +219,25 @@ def refresh_hints(view: "View") -> None:
 
 def drop(tx: "Tx", tree: Tree, root: int) -> None:
     """Give up one reference on the tree at `root` (0: none); the last one frees what only it refers to."""
-    stack = [(tree, root)] if root else []
+    stack: list[tuple[Tree, int, int | None]] = [(tree, root, None)] if root else []
     while stack:
-        tree, pfn = stack.pop()
-        base = tree.enter(tx.words, pfn)
+        tree, pfn, level = stack.pop()
+        base = tree.enter(tx.words, pfn, level)
         if references(tx, pfn) > 1:
             add(tx, pfn, 1, -1)
             continue
         children = tree.children(tx.words, base)
         if children:
-            stack += [(tree, child) for child in children]
+            below = (tx.words[base] >> 16 & 0xFF) - 1
+            stack += [(tree, child, below) for child in children]
         elif tree is EXTENTS:
             release(tx, leaf_runs(tx, base))
         elif tree is INODES:
             for _, offset in tree.leaf_items(tx.words, base):
                 mode = INODE.unpack_from(tx.bytes, offset)[0]
-                below, inline = inode_references(tx, offset)
-                if below:
-                    stack.append((ENTRIES if mode & 0o170000 == 0o040000 else EXTENTS, below))
+                content, inline = inode_references(tx, offset)
+                if content:
+                    stack.append((ENTRIES if mode & 0o170000 == 0o040000 else EXTENTS, content, None))
                 release(tx, inline)
         tx.free_node(pfn)
 

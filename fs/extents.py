@@ -8,6 +8,7 @@ import struct
 from itertools import pairwise
 
 from onecopy.blkcache.frames import FRESH, MAX_RUN, PINNED, SHARED
+from onecopy.daxemu.errors import CorruptRecord
 from onecopy.fs import counts
 from onecopy.fs.btree import EXTENTS, MAX_KEY
 from onecopy.fs.format import EXTENT, INLINE_DATA, INLINE_EXTENTS, MAX_INLINE_EXTENTS, UNWRITTEN
@@ -28,8 +29,13 @@ def inline_extents(inode: Inode) -> list[Extent]:
 
 def load(view: View, inode: Inode, low: int = 0, high: int = MAX_KEY) -> list[Extent]:
     """Return the extents that overlap pages [low, high), whole, ascending."""
+    frames = len(view.table)
     if inode.flags & INLINE_EXTENTS:
-        return [e for e in inline_extents(inode) if e[0] < high and e[0] + e[2] > low]
+        found = [e for e in inline_extents(inode) if e[0] < high and e[0] + e[2] > low]
+        for extent in found:
+            if extent[1] + extent[2] > frames:
+                raise _outside(extent, frames)
+        return found
     if not inode.root:
         return []
     before = EXTENTS.floor(view.words, inode.root, low)
@@ -41,10 +47,18 @@ def load(view: View, inode: Inode, low: int = 0, high: int = MAX_KEY) -> list[Ex
         values = view.words[first + 2 * i : first + 2 * j].tolist()
         for n, key in enumerate(keys):
             word = values[2 * n + 1]
-            found.append((key, values[2 * n], word & 0xFFFFFFFF, word >> 32))
+            extent = (key, values[2 * n], word & 0xFFFFFFFF, word >> 32)
+            if extent[1] + extent[2] > frames:
+                raise _outside(extent, frames)
+            found.append(extent)
     if found and found[0][0] + found[0][2] <= low:
         del found[0]
     return found
+
+
+def _outside(extent: Extent, frames: int) -> CorruptRecord:
+    page, pfn, pages, _ = extent
+    return CorruptRecord("extent", pfn, f"file page {page}", expected=f"below {frames}", actual=f"{pfn} and {pages} pages")
 
 
 def clip(extents: list[Extent], low: int, high: int) -> list[Extent]:

@@ -82,7 +82,7 @@ class _Exclusive(_Nothing):
     """The mount lock on an existing file, held exclusively; PoolBusy when that can't be had at once."""
 
     def __init__(self, path: str) -> None:
-        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         if not try_mount(self.fd, exclusive=True):
             os.close(self.fd)
             raise PoolBusy("processes have the pool open; 'onecopy info' lists them", path=path)

@@ -244,6 +244,9 @@ def clone_directory(tx: Tx, source: Inode, place: Place) -> int:
         directory, where = stack.pop()
         new = inodes.make(tx, where.parent_subvolume, directory.mode, parent=where.parent, like=directory)
         new.links, new.modified = 2, directory.modified
+        if directory.attributes:
+            holder = inodes.load(tx, directory.subvolume, directory.attributes)
+            new.attributes = clone_inode(tx, holder, where.parent_subvolume).number
         inodes.save(tx, new)
         directories.insert(tx, parent_of(tx, where), where.name, new.number, DIRECTORY)
         for entry in directories.entries(tx, directory):

@@ -79,7 +79,7 @@ class References:
             key = min(rounds)
             for pfn in rounds.pop(key):
                 tree = trees[key[0]]
-                base = tree.enter(view.words, pfn)
+                base = tree.enter(view.words, pfn, -key[1])
                 times = self.places[pfn]
                 children = tree.children(view.words, base)
                 if children:

@@ -1,5 +1,6 @@
 """Damaging pools on purpose: the bytes of a closed pool, record by record, and a process to try them in."""
 
+import glob
 import json
 import os
 import resource
@@ -86,12 +87,13 @@ class Media:
                 stack += [self.get(value, "root") for value in self.values(pfn)]
         return found
 
+    def head(self, pfn: int) -> Where:
+        return Where(NODE, pfn, pfn * PAGE)
+
     def node(self, kind: str, *, leaf: bool = True) -> Where:
         """Return the header of the fullest leaf, or inner node, of a kind of tree."""
         heads = [
-            Where(NODE, pfn, pfn * PAGE)
-            for pfn, (number, level) in self.nodes().items()
-            if number == KIND[kind] and (level == 0) == leaf
+            self.head(pfn) for pfn, (number, level) in self.nodes().items() if number == KIND[kind] and (level == 0) == leaf
         ]
         return max(heads, key=lambda head: self.get(head, "count"))
 
@@ -100,7 +102,7 @@ class Media:
         return head.at + NODE.size + (FANOUT + number) * 8
 
     def children(self, pfn: int) -> list[int]:
-        head = Where(NODE, pfn, pfn * PAGE)
+        head = self.head(pfn)
         first = self.child(head, 0)
         words = memoryview(self.data)[first : first + 8 * self.get(head, "count")].cast("Q")
         return words.tolist()
@@ -166,9 +168,15 @@ def _sound() -> bytes:
 
 
 @pytest.fixture
-def media(_sound: bytes) -> Media:
+def sound(_sound: bytes) -> Callable[[], Media]:
+    """A maker of a sound pool's bytes."""
+    return lambda: Media(_sound)
+
+
+@pytest.fixture
+def media(sound: Callable[[], Media]) -> Media:
     """A sound pool's bytes, to be damaged."""
-    return Media(_sound)
+    return sound()
 
 
 # ------------------------------------------------------------- trying it out
@@ -195,6 +203,7 @@ class Workout:
             self.seen.add(finding.code)
 
     def run(self) -> list[str]:
+        """Use the pool through handles opened now."""
         self.check(lambda: onecopy.check(self.path))
         paths: list[str] = []
         for mode, work in (("r", self.look), ("r+", self.change)):
@@ -203,6 +212,20 @@ class Workout:
                 self.check(fs.check)
                 work(fs, paths)
                 self.attempt(fs.close)
+        return sorted(self.seen)
+
+    def run_open(self, meanwhile: dict[int, bytes]) -> list[str]:
+        """Use it through a handle opened before these frames change."""
+        paths: list[str] = []
+        fs = onecopy.open(self.path)
+        with open(self.path, "r+b") as file:
+            for pfn, page in meanwhile.items():
+                file.seek(pfn * PAGE)
+                file.write(page)
+        self.check(fs.check)
+        self.look(fs, paths)
+        self.change(fs, paths)
+        self.attempt(fs.close)
         return sorted(self.seen)
 
     def look(self, fs: onecopy.FileSystem, paths: list[str]) -> None:
@@ -250,7 +273,9 @@ class Workout:
 
 def _limits() -> None:
     signal.alarm(60)
-    resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))
+    with open("/proc/self/statm") as file:
+        most = int(file.read().split()[0]) * PAGE + (2 << 30)
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
@@ -283,13 +308,28 @@ def in_child() -> Callable[[Callable[[], Any]], Any]:
     return run
 
 
-@pytest.fixture
-def workout(new_path: Callable[[], str], in_child: Callable[..., Any]) -> Callable[[Media], set[str]]:
-    """Try a damaged pool in a child, cold; return the errors' names and the check's codes."""
+def _forget(path: str) -> None:
+    """Delete a pool that nobody uses, and its run-time files, whatever is in it."""
+    status = os.stat(path)
+    for name in glob.glob(f"/dev/shm/onecopy-*-{status.st_dev:x}.{status.st_ino:x}*"):
+        os.unlink(name)
+    os.unlink(path)
 
-    def run(media: Media) -> set[str]:
+
+@pytest.fixture
+def workout(new_path: Callable[[], str], in_child: Callable[..., Any]) -> Callable[..., set[str]]:
+    """Try a damaged pool in a child, cold; return the errors' names and the check's codes.
+
+    `meanwhile`: frames that change only when the pool has been opened.
+    """
+
+    def run(media: Media, meanwhile: dict[int, bytes] | None = None) -> set[str]:
         path = new_path()
         media.write(path)
-        return set(in_child(lambda: Workout(path).run()))
+        work = Workout(path)
+        try:
+            return set(in_child(work.run if meanwhile is None else lambda: work.run_open(meanwhile)))
+        finally:
+            _forget(path)
 
     return run

@@ -1,5 +1,6 @@
 """Pools in which a process is going to die or to be interrupted, and what must hold afterwards (S6, S8)."""
 
+import contextlib
 import fcntl
 import functools
 import os
@@ -35,7 +36,8 @@ def reboot(path: str) -> None:
     status = os.stat(path)
     for name in os.listdir("/dev/shm"):
         if name.startswith("onecopy-") and name.removesuffix(".lock").endswith(f"-{status.st_dev:x}.{status.st_ino:x}"):
-            os.unlink(f"/dev/shm/{name}")
+            with contextlib.suppress(FileNotFoundError):  # another process's `format` may be sweeping
+                os.unlink(f"/dev/shm/{name}")
 
 
 def early(scenario: Scenario, fs: onecopy.FileSystem) -> None:
