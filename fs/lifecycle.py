@@ -1,7 +1,9 @@
 """A pool's life: format, open, check, remove; and sweeping up run-time files whose pool is gone."""
 
+import contextlib
 import errno
 import os
+from collections.abc import Iterable
 
 from onecopy.daxemu import pool as pools
 from onecopy.daxemu import runtime, slots
@@ -98,9 +100,14 @@ class _Exclusive(_Nothing):
 
     def forget_runtime(self) -> None:
         """Delete the run-time file and the lock file of the pool that was there."""
-        for path in self.paths or ():
-            if os.path.lexists(path):
-                os.unlink(path)
+        _delete(self.paths or ())
+
+
+def _delete(paths: Iterable[str]) -> None:
+    """Delete files, which another process may be sweeping up at the same time."""
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
 
 
 def sweep() -> list[str]:
@@ -132,9 +139,7 @@ def sweep() -> list[str]:
                 pass
             except OSError:
                 continue
-            for gone in (path, path + ".lock"):
-                if os.path.lexists(gone):
-                    os.unlink(gone)
+            _delete((path, path + ".lock"))
             swept.append(path)
         finally:
             os.close(fd)

@@ -7,11 +7,9 @@ sync, when space ran out. Whoever gets the lock first finishes or undoes what a 
 import errno
 import itertools
 import os
-import struct
 import weakref
 from collections import deque
 from collections.abc import Callable
-from types import TracebackType
 from typing import TypeVar
 
 import numpy as np
@@ -20,7 +18,7 @@ from onecopy.blkcache.frames import DIRTY, FRESH, NODE, USED, Frames, Run, cut_r
 from onecopy.blkcache.limbo import INTENT_RECLAIM, Limbo
 from onecopy.blkcache.pins import Pins
 from onecopy.daxemu import slots
-from onecopy.daxemu.errors import CorruptRecord, NoSpace, OneCopyError, ReadOnly, RuntimeLost, posix
+from onecopy.daxemu.errors import NoSpace, OneCopyError, ReadOnly, RuntimeLost, posix
 from onecopy.daxemu.locks import RankedLock, reopen, try_mount
 from onecopy.daxemu.mapping import Mapping
 from onecopy.daxemu.persist import persistence_of
@@ -31,6 +29,7 @@ from onecopy.daxemu.steps import reach
 from onecopy.fs import counts, extents, rebuild, superblock
 from onecopy.fs.format import SUPERBLOCK_PFNS
 from onecopy.fs.inode import Inode
+from onecopy.fs.reading import ASTRAY, Reading, damage
 from onecopy.fs.tx import Tx, View
 
 T = TypeVar("T")
@@ -39,51 +38,7 @@ INTENT_SYNC = 2
 _LIVE, _INTENT, _TAKEN, _HEAD = W["live_generation"], W["intent"], W["taken_generation"], W["limbo_head"]
 _RECLAIM_AT = 256  # entries in limbo at which a transaction reclaims first
 
-# What Python raises when code follows a damaged pointer or count. A cold open looks at all of them, so it is damage since then.
-_ASTRAY = (IndexError, OverflowError, struct.error)
-
 MOUNTS: "weakref.WeakSet[Mount]" = weakref.WeakSet()  # for fork
-
-
-class Reading:
-    """Context manager around a lock-free read: frames of its view stay as they are until it ends."""
-
-    __slots__ = ("_mount", "_slot", "_word")
-
-    def __init__(self, mount: "Mount") -> None:
-        self._mount = mount
-
-    def __enter__(self) -> View:
-        mount = self._mount
-        mount.check_open()
-        self._slot = slot = mount.slot
-        self._word, generation = slot.announce()
-        try:
-            view = mount.view
-            while view.generation != generation:
-                # The live root's slot is overwritten two generations later. We read it and then see that not even one
-                # has been published since `announce` looked, so the fields belong together.
-                view = View(mount.runtime, mount.pool, generation)
-                if mount.runtime.atomic.load(_LIVE) == generation:
-                    mount.view = view
-                    break
-                generation = slot.renew(self._word)
-            return view
-        except BaseException:
-            slot.retract(self._word)
-            raise
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
-        if self._slot is self._mount.slot:
-            self._slot.retract(self._word)
-        elif kind is None:  # the slot and the word in it are the parent's
-            raise OneCopyError("a read begun before fork can't be finished by the child", code=errno.EPERM)
-        if isinstance(value, _ASTRAY):
-            raise _damage(value) from value
-
-
-def _damage(error: BaseException) -> CorruptRecord:
-    return CorruptRecord("tree", 0, "a pointer or count in it", expected="one that fits", actual=repr(error))
 
 
 class Mount:
@@ -200,8 +155,8 @@ class Mount:
                 except BaseException as error:
                     if os.getpid() == pid:
                         self._abort()
-                    if isinstance(error, _ASTRAY):
-                        raise _damage(error) from error
+                    if isinstance(error, ASTRAY):
+                        raise damage(error) from error
                     raise
                 finally:
                     self._running = False
@@ -233,8 +188,7 @@ class Mount:
             raise OneCopyError(
                 "called within a transaction, by a signal handler or finalizer of its thread", code=errno.EDEADLK
             )
-        words = self.runtime.words
-        intent = words[_INTENT]
+        words, intent = self.runtime.words, self.runtime.words[_INTENT]
         if intent == INTENT_RECLAIM:
             self.limbo.finish()
             self.frames.recount()
@@ -308,8 +262,9 @@ class Mount:
             inode = find(view)
             if inode.content:
                 return self._map_content(inode, path)
-            found = extents.written(extents.load(view, inode, 0, -(-inode.size // 4096)))
-            runs = [(page, pfn, pages) for page, pfn, pages, _ in extents.clip(found, 0, -(-inode.size // 4096))]
+            pages = -(-inode.size // 4096)
+            found = extents.clip(extents.written(extents.load(view, inode, 0, pages)), 0, pages)
+            runs = [(page, pfn, count) for page, pfn, count, _ in found]
             mapping = Mapping(inode.size, runs, path)
             key = next(self._keys)
             pinned = cut_runs([(pfn, pages) for _, pfn, pages in mapping.runs])

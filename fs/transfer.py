@@ -1,7 +1,7 @@
 """Between host and pool: `put` and `get`, of files and whole trees. Sparse files stay sparse in both directions.
 
-A file appears under its name complete or not at all. A tree is copied file by file; when that fails or is interrupted, what
-was copied is removed again.
+A file or tree appears under its name complete or not at all. A tree is copied file by file under a temporary name beside its
+own; when that fails or is interrupted, what was copied is removed again.
 """
 
 import errno
@@ -82,22 +82,26 @@ def _check_kind(path: str, status: os.stat_result) -> None:
 
 
 def _put_tree(fs: FileSystem, src: str, dst: str, progress: "Progress | None") -> None:
-    total, pool = 0, os.path.realpath(fs.path)
+    total, pool = 0, os.stat(fs.path)
     for folder, _, files in os.walk(src, onerror=_raise):
         for name in files:
             path = os.path.join(folder, name)
             status = os.lstat(path)
             _check_kind(path, status)
-            if os.path.realpath(path) == pool:
+            if os.path.samestat(status, pool):
                 raise invalid("the source holds the pool itself", src)
             total += status.st_size if stat.S_ISREG(status.st_mode) else 0
     meter = _Meter(progress, total)
     linked: dict[tuple[int, int], str] = {}
-    fs.mkdir(dst)
+    with fs._mount.reading() as view:
+        if namei.walk(view, dst).exists:
+            raise posix(errno.EEXIST, dst)
+    top = _temporary(dst)
     try:
+        fs.mkdir(top)
         for folder, folders, files in os.walk(src):
             below = os.path.relpath(folder, src)
-            inside = dst if below == "." else join(dst, *below.split("/"))
+            inside = top if below == "." else join(top, *below.split("/"))
             for name in folders + files:
                 path, target = os.path.join(folder, name), join(inside, name)
                 status = os.lstat(path)
@@ -112,10 +116,17 @@ def _put_tree(fs: FileSystem, src: str, dst: str, progress: "Progress | None") -
                     linked[status.st_dev, status.st_ino] = target
         for folder, _, _ in os.walk(src, topdown=False):  # times and modes last: filling a directory changes them
             below = os.path.relpath(folder, src)
-            _finish(fs, os.stat(folder), dst if below == "." else join(dst, *below.split("/")))
+            _finish(fs, os.stat(folder), top if below == "." else join(top, *below.split("/")))
+        fs.rename(top, dst)
     except BaseException:
-        fs.rmtree(dst)
+        if fs.exists(top):
+            fs.rmtree(top)
         raise
+
+
+def _temporary(path: str) -> str:
+    """Return a name beside `path` for what is not complete yet."""
+    return f"{path.rstrip('/').rpartition('/')[0]}/.{secrets.token_hex(6)}.put"
 
 
 def _raise(error: OSError) -> None:
@@ -147,7 +158,7 @@ def _put_file(fs: FileSystem, src: str, dst: str, meter: _Meter) -> None:
         if place.exists and fs.stat(dst).st_mode & 0o170000 == stat.S_IFDIR:
             raise posix(errno.EISDIR, dst, "name the file in it")
         replaces, large = place.exists, status.st_size > _TRANSACTION
-        path = dst if not (replaces or large) else f"{dst[: dst.rstrip('/').rfind('/')]}/.{secrets.token_hex(6)}.put"
+        path = dst if not (replaces or large) else _temporary(dst)
         try:
             _fill(fs, file.fileno(), status, path, meter)
             if path != dst:
@@ -166,7 +177,8 @@ def _fill(fs: FileSystem, fd: int, status: os.stat_result, path: str, meter: _Me
     def store(tx: "Tx") -> None:
         inode = FileSystem._created(tx, path)
         if status.st_size <= INLINE:
-            content.write(tx, inode, 0, memoryview(os.pread(fd, status.st_size, 0)))
+            data = os.pread(fd, status.st_size, 0).ljust(status.st_size, b"\0")  # it may have shrunk meanwhile
+            content.write(tx, inode, 0, memoryview(data))
         for first, last in batch:
             content.append_from(tx, inode, first, last, fd)
         inode.size = status.st_size

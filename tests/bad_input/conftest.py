@@ -280,6 +280,18 @@ def _limits() -> None:
 
 
 @pytest.fixture
+def fails() -> Callable[..., int | None]:
+    """Call what must raise an OSError; return its errno."""
+
+    def call(work: Callable[..., Any], *arguments: Any, **options: Any) -> int | None:
+        with pytest.raises(OSError) as caught:
+            work(*arguments, **options)
+        return caught.value.errno
+
+    return call
+
+
+@pytest.fixture
 def in_child() -> Callable[[Callable[[], Any]], Any]:
     """Run work in a forked child and return its result; an exception, a signal or a hang there fails the test here."""
 

@@ -14,6 +14,7 @@ from onecopy.daxemu import runtime
 from onecopy.daxemu.pool import Pool
 from onecopy.daxemu.runtime import HEADER, MAGIC, SLOTS, STATE, Layout, W, runtime_paths
 from onecopy.daxemu.units import PAGE
+from onecopy.fs import lifecycle
 
 
 @pytest.fixture
@@ -198,3 +199,18 @@ def test_what_is_in_use_is_not_swept_away(small, paths, user, new_path):
         user.close()
         onecopy.format(new_path(), "4M")
     assert not any(map(os.path.exists, paths))
+
+
+def test_a_pool_may_be_removed_while_another_process_sweeps(small, paths, user, monkeypatch):
+    """The sweeper finds the pool gone and is faster with its run-time files."""
+    user.close()
+    unlink = os.unlink
+
+    def and_sweep(path):
+        unlink(path)
+        if path == small:
+            lifecycle.sweep()
+
+    monkeypatch.setattr(os, "unlink", and_sweep)
+    onecopy.remove(small)
+    assert not any(map(os.path.exists, (small, *paths)))

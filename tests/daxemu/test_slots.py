@@ -197,7 +197,7 @@ def test_an_interrupted_reader_announces_nothing(fs, monkeypatch):
     mount = fs._mount
     fs.write("/file", b"x")
     mount.view.generation -= 1  # so that a new view must be built
-    monkeypatch.setattr("onecopy.fs.mount.View", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("onecopy.fs.reading.View", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     for _ in range(READERS + 1):
         with pytest.raises(KeyboardInterrupt), mount.reading():
             raise AssertionError("there is no view")

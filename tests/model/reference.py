@@ -313,7 +313,7 @@ class Model:
         while above is not None:
             _demand(above is not source)
             above = above.parent
-        parent.entries[name] = _copied(source, parent, parent.volume, lambda here: Directory(here, here.volume))
+        parent.entries[name] = _copied(source, parent, parent.volume, _empty_in)
 
     def snapshot(self, src: str, dst: str) -> None:
         source = self.existing(src).node
@@ -375,6 +375,13 @@ def _checked(source: File, source_offset: int, target: File, target_offset: int,
     _demand(length % PAGE == 0 or source_offset + length == len(source.data))
     _demand(source is not target or abs(source_offset - target_offset) >= -(-length // PAGE) * PAGE)
     return length
+
+
+def _empty_in(parent: Directory) -> Directory:
+    """Return what a clone has in the place of a subvolume that was in its source."""
+    empty = Directory(parent, parent.volume)
+    empty.mode = parent.mode
+    return empty
 
 
 def _copied(source: Directory, parent: Directory, volume: Directory | None, stand_in: Callable[[Directory], Node]) -> Directory:

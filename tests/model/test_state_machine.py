@@ -11,30 +11,42 @@ import os
 import random
 import secrets
 from collections import Counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, note, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import onecopy
 from onecopy.daxemu.steps import STEPS
+from onecopy.fs import mount
 
 from ..conftest import forget
-from ..multiproc.trials import reboot
+from ..multiproc.trials import differences, reboot
 from .hands import Distant, Hands
-from .reference import Directory, File, Link, Model, Outcome
+from .reference import Directory, File, Link, Model, Outcome, Phantom
 
 PAGE = onecopy.PAGE
 
-names = st.sampled_from(["a", "b", "c", "long name " * 20])
+names = st.sampled_from(["a", "b", "c", "d", "longer than one record can hold"])
 paths = st.lists(names, min_size=1, max_size=3).map(lambda parts: "/" + "/".join(parts))
-targets = paths | paths.map(lambda path: path[1:]) | paths.map(lambda path: ".." + path) | st.just("/" + "a/" * 90 + "b")
 near_pages = st.integers(0, 8).map(lambda pages: pages * PAGE)
 offsets = near_pages | st.integers(0, 9 * PAGE) | st.integers(0, 200)
-sizes = near_pages | st.integers(0, 9 * PAGE) | st.integers(0, 200)
+sizes = near_pages | st.integers(1, 9 * PAGE) | st.integers(0, 200)
 hands = st.sampled_from([0, 1, 2])
+
+
+class Choice(NamedTuple):
+    """A path to be chosen among those that there are: mostly one of the right kind, sometimes any at all."""
+
+    kind: str
+    number: int
+    path: str
+
+
+def a(kind: str) -> st.SearchStrategy[Choice]:
+    return st.builds(Choice, st.just(kind), st.integers(0, 999), paths)
 
 
 @st.composite
@@ -46,16 +58,63 @@ def contents(draw) -> bytes:
     return random.Random(seed ^ size).randbytes(size)
 
 
-changes = st.one_of(
-    st.tuples(st.just("write"), paths, contents(), offsets),
-    st.tuples(st.just("truncate"), paths, sizes),
-    st.tuples(st.just("unlink"), paths),
-    st.tuples(st.just("rename"), paths, paths),
-    st.tuples(st.just("clone"), paths, paths),
-    st.tuples(st.just("snapshot"), paths, paths),
-    st.tuples(st.just("punch"), paths, offsets, sizes),
-    st.tuples(st.just("sync")),
+writing = st.one_of(
+    st.tuples(st.just("write"), a("file") | a("new"), contents(), offsets),
+    st.tuples(st.just("truncate"), a("file"), sizes),
 )
+changing = st.one_of(
+    st.tuples(st.sampled_from(["punch", "zero", "allocate", "unshare"]), a("file"), offsets, sizes),
+    st.tuples(st.sampled_from(["collapse", "insert"]), a("file"), near_pages, near_pages),
+)
+sharing = st.one_of(
+    st.tuples(st.just("clone"), a("file"), a("new")),
+    st.tuples(st.just("clone_range"), a("file"), near_pages, a("file"), near_pages, near_pages | sizes),
+)
+deduping = st.one_of(
+    st.tuples(st.just("dedupe_range"), a("file"), near_pages, a("file"), near_pages, near_pages | sizes),
+    st.tuples(st.just("dedupe"), st.tuples(a("any")) | st.just(("/",))),
+)
+growing = st.one_of(
+    st.tuples(st.just("create_subvolume"), a("new")),
+    st.tuples(st.just("snapshot"), a("subvolume"), a("new")),
+    st.tuples(st.just("clone_tree"), a("directory"), a("new")),
+    st.tuples(st.just("mkdir"), a("new")),
+)
+naming = st.one_of(
+    st.tuples(st.just("rename"), a("any"), a("new") | a("any")),
+    st.tuples(st.just("link"), a("file"), a("new")),
+    st.tuples(st.just("symlink"), a("any") | a("new"), a("new")),
+    st.tuples(st.just("create"), a("new")),
+)
+removing = st.one_of(
+    st.tuples(st.just("unlink"), a("file") | a("link")),
+    st.tuples(st.just("rmdir"), a("directory")),
+    st.tuples(st.just("delete_subvolume"), a("subvolume")),
+)
+describing = st.one_of(
+    st.tuples(st.just("chmod"), a("any"), st.integers(0, 0o7777)),
+    st.tuples(st.just("setxattr"), a("any"), st.sampled_from(["user.a", "user.b"]), st.binary(max_size=9000)),
+    st.tuples(st.just("removexattr"), a("any"), st.sampled_from(["user.a", "user.b"])),
+)
+KINDS = {
+    "any": lambda node: True,
+    "file": lambda node: isinstance(node, File),
+    "link": lambda node: isinstance(node, Link),
+    "directory": lambda node: isinstance(node, Directory | Phantom),
+    "subvolume": lambda node: isinstance(node, Directory) and node.is_volume,
+}
+
+
+START = [
+    ("write", "/a", random.Random(0).randbytes(PAGE) * 5, 0),
+    ("write", "/b", random.Random(1).randbytes(6 * PAGE + 100), 0),
+    ("write", "/c", b"tiny", 0),
+    ("mkdir", "/d"),
+    ("clone", "/b", "/d/a"),
+    ("create_subvolume", "/d/b"),
+    ("write", "/d/b/a", random.Random(2).randbytes(3 * PAGE), 0),
+    ("symlink", "../b", "/d/c"),
+]
 
 
 class Machine(RuleBasedStateMachine):
@@ -63,6 +122,7 @@ class Machine(RuleBasedStateMachine):
 
     size = "16M"
     may_fill_up = False
+    reclaim_at = mount._RECLAIM_AT
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,14 +134,35 @@ class Machine(RuleBasedStateMachine):
 
     @initialize()
     def begin(self) -> None:
+        mount._RECLAIM_AT = self.reclaim_at
         onecopy.format(self.path, self.size)
         self.hands = [Distant(self.path, [])]
         self.hands = [Hands(self.path), Hands(self.path), *self.hands]
+        for call in START:
+            self.do(0, call)
 
     # ---------------------------------------------------------------- doing
 
-    def do(self, hand: int, *call: Any) -> None:
+    def path_of(self, choice: Choice) -> str:
+        """Return a path of the kind wanted; one time in eight, and when there is none, any path."""
+        number, odd = divmod(choice.number, 8)
+        wanted = KINDS["directory" if choice.kind == "new" else choice.kind]
+        found = sorted(path for path, node in self.model.walk() if wanted(node))
+        if odd == 7 or not found:
+            return choice.path
+        path = found[number % len(found)]
+        return path if choice.kind != "new" else f"{path.rstrip('/')}/{choice.path.rpartition('/')[2]}"
+
+    def resolved(self, call: Any) -> Any:
+        """Return a call with its choices made."""
+        if isinstance(call, Choice):
+            return self.path_of(call)
+        return tuple(map(self.resolved, call)) if isinstance(call, tuple) else call
+
+    def do(self, hand: int, call: tuple[Any, ...]) -> None:
         """Do the same to the pool and to the model."""
+        call = self.resolved(call)
+        note(f"{hand}: {call!r:.300}")
         self.hold(self.hands[hand].attempt(*call), call)
 
     def hold(self, found: Outcome, call: tuple[Any, ...]) -> None:
@@ -91,67 +172,51 @@ class Machine(RuleBasedStateMachine):
         expected = self.model.attempt(*call)
         assert found == expected, f"{call[0]} gave {found}, the model {expected}"
 
-    @rule(hand=hands, path=paths, data=contents(), offset=offsets)
-    def write(self, hand, path, data, offset):
-        self.do(hand, "write", path, data, offset)
+    @rule(hand=hands, call=writing)
+    def write(self, hand, call):
+        self.do(hand, call)
 
-    @rule(hand=hands, path=paths, size=sizes)
-    def truncate(self, hand, path, size):
-        self.do(hand, "truncate", path, size)
+    @rule(hand=hands, call=writing)
+    def write_more(self, hand, call):
+        self.do(hand, call)
 
-    @rule(hand=hands, how=st.sampled_from(["punch", "zero", "allocate", "unshare"]), path=paths, offset=offsets, length=sizes)
-    def change_range(self, hand, how, path, offset, length):
-        self.do(hand, how, path, offset, length)
+    @rule(hand=hands, call=changing)
+    def change(self, hand, call):
+        self.do(hand, call)
 
-    @rule(hand=hands, how=st.sampled_from(["collapse", "insert"]), path=paths, offset=near_pages, length=near_pages)
-    def shift(self, hand, how, path, offset, length):
-        self.do(hand, how, path, offset, length)
+    @rule(hand=hands, call=sharing)
+    def share(self, hand, call):
+        self.do(hand, call)
 
-    @rule(hand=hands, how=st.sampled_from(["clone", "clone_tree", "snapshot", "rename", "link"]), src=paths, dst=paths)
-    def from_to(self, hand, how, src, dst):
-        self.do(hand, how, src, dst)
+    @rule(hand=hands, call=deduping)
+    def dedupe(self, hand, call):
+        self.do(hand, call)
 
-    @rule(hand=hands, how=st.sampled_from(["clone_range", "dedupe_range"]), a=paths, b=paths, of_a=near_pages, of_b=near_pages,
-          length=near_pages | sizes)  # fmt: skip
-    def share_range(self, hand, how, a, b, of_a, of_b, length):
-        self.do(hand, how, a, of_a, b, of_b, length)
+    @rule(hand=hands, call=growing)
+    def grow(self, hand, call):
+        self.do(hand, call)
 
-    @rule(hand=hands, paths=st.lists(paths, max_size=2).map(lambda some: tuple(some) or ("/",)))
-    def dedupe(self, hand, paths):
-        self.do(hand, "dedupe", paths)
+    @rule(hand=hands, call=naming)
+    def name(self, hand, call):
+        self.do(hand, call)
 
-    @rule(hand=hands, how=st.sampled_from(["mkdir", "create_subvolume", "create"]), path=paths)
-    def make(self, hand, how, path):
-        self.do(hand, how, path)
+    @rule(hand=hands, call=removing)
+    def remove(self, hand, call):
+        self.do(hand, call)
 
-    @rule(hand=hands, how=st.sampled_from(["unlink", "rmdir", "delete_subvolume"]), path=paths | st.just("/"))
-    def remove(self, hand, how, path):
-        self.do(hand, how, path)
-
-    @rule(hand=hands, leads_to=targets, path=paths)
-    def symlink(self, hand, leads_to, path):
-        self.do(hand, "symlink", leads_to, path)
-
-    @rule(hand=hands, path=paths, name=st.sampled_from(["user.a", "user.b"]), value=st.none() | st.binary(max_size=9000))
-    def attribute(self, hand, path, name, value):
-        if value is None:
-            self.do(hand, "removexattr", path, name)
-        else:
-            self.do(hand, "setxattr", path, name, value)
-
-    @rule(hand=hands, path=paths, mode=st.integers(0, 0o7777))
-    def chmod(self, hand, path, mode):
-        self.do(hand, "chmod", path, mode)
+    @rule(hand=hands, call=describing)
+    def describe(self, hand, call):
+        self.do(hand, call)
 
     @rule(hand=hands)
     def sync(self, hand):
-        self.do(hand, "sync")
+        self.do(hand, ("sync",))
 
     # -------------------------------------------------------------- mapping
 
-    @rule(hand=hands, path=paths)
-    def map(self, hand, path):
-        number = next(self.numbers)
+    @rule(hand=hands, choice=a("file"))
+    def map(self, hand, choice):
+        number, path = next(self.numbers), self.path_of(choice)
         outcome, shown = self.hands[hand].map(number, path)
         if outcome == "full" and self.may_fill_up:
             return
@@ -186,9 +251,11 @@ class Machine(RuleBasedStateMachine):
             hand.open()
         self.compare(self.hands[0].fs)
 
-    @rule(change=changes, step=st.sampled_from(STEPS), arrival=st.integers(1, 3))
+    @rule(change=writing | sharing | growing | naming | removing, step=st.sampled_from(STEPS), arrival=st.integers(1, 3))
     def die_while(self, change, step, arrival):
         """The other process dies in the middle of something: it has happened, or it has not."""
+        change = self.resolved(change)
+        note(f"2, dying at {step!r}, arrival {arrival}: {change!r:.300}")
         self.hands[2].die_at(step, arrival)
         before = picture(self.model)
         outcome = self.hands[2].attempt_and_die(*change)
@@ -226,7 +293,8 @@ class Machine(RuleBasedStateMachine):
             assert_sharers(self.hands[0].fs, self.model)
 
     def compare(self, fs: onecopy.FileSystem) -> None:
-        assert seen(fs) == picture(self.model)
+        found, expected = seen(fs), picture(self.model)
+        assert found == expected, differences(found, [expected])
         assert fs.check().findings == [], "S6"
 
     def teardown(self) -> None:
@@ -246,6 +314,7 @@ class Machine(RuleBasedStateMachine):
             for hand in self.hands[:2]:
                 hand.close()
             forget(self.path)
+            mount._RECLAIM_AT = Machine.reclaim_at
 
 
 def picture(model: Model) -> dict[str, Any]:
@@ -301,6 +370,7 @@ class FullMachine(Machine):
 
     size = "1M"
     may_fill_up = True
+    reclaim_at = 1  # frames are used again as soon as they may be
 
 
 def run_of(machine: type[Machine], examples: int, steps: int) -> type:

@@ -176,10 +176,10 @@ def test_killed_in_the_child_s_part_of_a_fork(trial):
     count, status = Process(work).result()
     assert count > 100 and status == 0
     died = 0
-    for number in spread(3 * count, 40):
+    for number in spread(3 * count, 15):
         path = trial()
         died += Process(lambda line, number=number: work(line, number)).result()[1] != 0
         with onecopy.open(path) as fs:
             allowed = [picture(fs)]
         assert_survived(onecopy.open(path), allowed)
-    assert died > 3
+    assert died
