@@ -13,6 +13,7 @@ import stat
 import time
 import uuid as uuids
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 from onecopy.daxemu.errors import CorruptRecord, NoSpace, NotAPool, PoolVersionError, ReadOnly, invalid, posix
@@ -44,13 +45,20 @@ HEADER = Record(
 _FALLOC_KEEP_SIZE, _FALLOC_PUNCH_HOLE = 1, 2
 
 
-def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
-    """fallocate(2), which Python offers without modes. OSError."""
+@cache
+def _fallocate() -> tuple[Callable[[int, int, int, int], int], Callable[[], int]]:
     import ctypes
 
-    libc = ctypes.CDLL(None, use_errno=True)
-    while libc.fallocate(fd, mode, ctypes.c_long(offset), ctypes.c_long(length)):
-        code = ctypes.get_errno()
+    call = ctypes.CDLL(None, use_errno=True).fallocate
+    call.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+    return call, ctypes.get_errno
+
+
+def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    """fallocate(2), which Python offers without modes. OSError."""
+    call, get_errno = _fallocate()
+    while call(fd, mode, offset, length):
+        code = get_errno()
         if code != errno.EINTR:
             raise OSError(code, os.strerror(code))
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from onecopy.daxemu.units import PAGE
+from onecopy.daxemu.units import PAGE, pages_of
 from onecopy.fs import directory as directories
 from onecopy.fs import extents, namei, sharing
 from onecopy.fs import inode as inodes
@@ -238,4 +238,6 @@ def _share(tx: "Tx", files: list[_File], job: _Job) -> bool:
         second = first if source == target else namei.change_file(tx, files[target].path)
     except FileNotFoundError:
         return False
+    if page + pages > pages_of(second.size) or source_page + pages > pages_of(first.size):
+        return False  # cut off meanwhile: beyond the end there are zeros to compare, but no page to share
     return sharing.share_pages(tx, first, source_page, second, page, pages)

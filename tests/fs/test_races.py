@@ -264,3 +264,18 @@ def test_two_names_for_one_clone_only_one_wins(shared, race):
     assert race(shared.path, *(clone(n) for n in range(4))) == [0] * 4
     assert len([name for name in shared.fs.listdir("/") if name.startswith("won")]) == 1
     assert shared.sharers("/file1") == [3] * PAGES
+
+
+@pytest.mark.parametrize("cut", ["/a", "/b"])
+def test_a_file_cut_off_between_search_and_sharing_gets_no_page_behind_its_end(pool, cut):
+    """The zeros beyond the end compare equal to a page of zeros, but there is no page to share."""
+    for path, start in (("/a", b"a"), ("/b", b"b")):
+        pool.write(path, start * PAGE + bytes(PAGE))
+
+    def progress(*_: object) -> None:
+        if pool.stat(cut).st_size > PAGE:
+            pool.truncate(cut, PAGE)
+
+    pool.dedupe(("/a", "/b"), apply=True, progress=progress)
+    assert [extent.pages for extent in pool.extents(cut)] == [1]
+    assert pool.check().findings == []
