@@ -115,13 +115,13 @@ def give_pages(tx: Tx, inode: Inode) -> None:
     inodes.save(tx, inode)
 
 
-def _store(tx: Tx, inode: Inode, offset: int, data: memoryview) -> None:
-    """Store into pages, in place or into fresh frames. Does not change the size."""
+def _store(tx: Tx, inode: Inode, offset: int, data: memoryview, *, in_place: bool = True) -> None:
+    """Store into pages, in place where they are private, unless told otherwise, or into fresh frames. Does not change the size."""
     end = offset + len(data)
     low, high = offset // PAGE, pages_of(end)
     missing = [low]  # edges of the ranges that need fresh frames
     for page, pfn, pages, flags, private in extents.pieces(tx, inode, low, high):
-        if not private:
+        if not private or not (in_place or flags & UNWRITTEN):
             continue
         first, last = page * PAGE, (page + pages) * PAGE
         if flags & UNWRITTEN:
@@ -208,10 +208,14 @@ def append_from(tx: Tx, inode: Inode, first: int, last: int, fd: int) -> int:
 
 
 def _zero_part(tx: Tx, inode: Inode, offset: int, end: int) -> None:
-    """Zero bytes [offset, end) of one page, if there is anything in it."""
+    """Zero bytes [offset, end) of one page, if there is anything in it.
+
+    Never in place: what dies before it is published must not have cut anything off (S8), and unlike a write's, these bytes were
+    stored by somebody else, and completely.
+    """
     page = offset // PAGE
     if offset < end and extents.written(extents.load(tx, inode, page, page + 1)):
-        _store(tx, inode, offset, memoryview(_ZEROS)[: end - offset])
+        _store(tx, inode, offset, memoryview(_ZEROS)[: end - offset], in_place=False)
 
 
 def truncate(tx: Tx, inode: Inode, size: int) -> None:

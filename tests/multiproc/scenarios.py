@@ -124,6 +124,8 @@ SCENARIOS = {
     "rename over another file": one(lambda fs: fs.rename("/private", "/twin")),
     "rename a directory": one(lambda fs: fs.rename("/sub/inner", "/sub/outer")),
     "truncate": one(lambda fs: fs.truncate("/clone", 2 * PAGE + 7)),
+    "truncate of pages of its own": one(lambda fs: fs.truncate("/private", 2 * PAGE + 7)),
+    "punch of parts of pages of its own": one(lambda fs: fs.punch("/private", 2 * PAGE + 7, PAGE)),
     "punch": one(lambda fs: fs.punch("/runs", 50 * PAGE, 99 * PAGE)),
     "zero": one(lambda fs: fs.zero("/private", PAGE, 20 * PAGE)),
     "collapse": one(lambda fs: fs.collapse("/runs", 20 * PAGE, 10 * PAGE)),
