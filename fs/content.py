@@ -116,7 +116,7 @@ def give_pages(tx: Tx, inode: Inode) -> None:
 
 
 def _store(tx: Tx, inode: Inode, offset: int, data: memoryview, *, in_place: bool = True) -> None:
-    """Store into pages, in place where they are private, unless told otherwise, or into fresh frames. Does not change the size."""
+    """Store into pages: in place where they are private, unless told otherwise, else into fresh frames. The size stays."""
     end = offset + len(data)
     low, high = offset // PAGE, pages_of(end)
     missing = [low]  # edges of the ranges that need fresh frames
