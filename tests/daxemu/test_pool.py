@@ -92,10 +92,10 @@ def header_with(path: str, **changes: object) -> None:
 )  # fmt: skip
 def test_what_is_no_pool_of_ours_is_refused(small, changes, error):
     header_with(small, **changes)
-    descriptors = os.listdir("/proc/self/fd")
+    descriptors = set(os.listdir("/proc/self/fd"))
     with pytest.raises(error):
         Pool(small, writable=True)
-    assert os.listdir("/proc/self/fd") == descriptors
+    assert set(os.listdir("/proc/self/fd")) <= descriptors  # what earlier tests left to the collector may go meanwhile
 
 
 @pytest.mark.parametrize("size", ["256K", "0", 255 * PAGE, 1 << 62])
