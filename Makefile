@@ -4,11 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test test-slow check format lint types bench docs clean
+.PHONY: help demo test test-slow check format lint types stress bench docs clean
 help:            ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/: .*##/\t/' | expand -t 14
 
-$(STAMP): pyproject.toml setup.py daxemu/_fault.c daxemu/_fault.h
+$(STAMP): pyproject.toml setup.py $(wildcard daxemu/*.c) daxemu/_fault.h
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[plot,dev]"
 	@touch $@
@@ -32,6 +32,10 @@ types: $(STAMP)
 	$(BIN)/mypy -p onecopy
 
 check: format lint types test  ## format, lint, types, tests
+
+stress: $(STAMP)  ## processes that store, clone and are killed on the same files: ten minutes, a row of seeds
+	for seed in 1 2 3 4 5 6 7 8 9 10; do $(BIN)/onecopy stress --processes 8 --seconds 30 --seed $$seed || exit; \
+		$(BIN)/onecopy stress --processes 8 --seconds 30 --seed $$seed --kill || exit; done
 
 bench: $(STAMP)  ## every figure of the benchmarks, side by side
 	$(BIN)/onecopy bench

@@ -6,10 +6,10 @@ setup(
     ext_modules=[
         Extension(
             "onecopy.daxemu._fault",
-            ["src/onecopy/daxemu/_fault.c"],
+            [f"src/onecopy/daxemu/{name}.c" for name in ("_shoot", "_fault", "_commit", "_module")],
             depends=["src/onecopy/daxemu/_fault.h"],
             define_macros=[("Py_LIMITED_API", "0x030B0000")],
-            extra_compile_args=["-std=c11", "-O2", "-Wall", "-Wextra", "-Werror"],
+            extra_compile_args=["-std=c11", "-O2", "-ftls-model=initial-exec", "-Wall", "-Wextra", "-Werror"],
             py_limited_api=True,
         )
     ],

@@ -8,26 +8,20 @@ tables come on top: each process has its own, as with any mapping.
 
 from __future__ import annotations
 
-import errno
-import multiprocessing
-import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, TypeAlias
 
 import numpy as np
 
 import onecopy
 from onecopy.benchmarks import harness
 from onecopy.benchmarks.harness import MiB, Reach, Row
+from onecopy.benchmarks.workers import Pipe, ask, workers
 from onecopy.cli import measure as memory
 
 REACH = Reach("ours", "at most", 1.02)
-
-Pipe: TypeAlias = "Connection[Any, Any]"
 
 
 def measure(quick: bool) -> list[Row]:
@@ -67,45 +61,25 @@ def run_time_bytes(uuid: str) -> int:
 @contextmanager
 def readers(pool: str, processes: int, clones: int, total: int) -> Iterator[list[memory.Memory]]:
     """Start processes that map and read clones and hold them while the context lasts; give what each of them takes."""
-    context = multiprocessing.get_context("spawn")  # a fork would begin with what we have mapped
-    pipes: list[Pipe] = []
-    with ExitStack() as started:
-        for number in range(processes):
-            ours, theirs = context.Pipe()
-            names = [f"/clone-{one}" for one in range(number * clones, (number + 1) * clones)]
-            process = context.Process(target=read_clones, args=(theirs, pool, names, total), daemon=True)
-            process.start()
-            theirs.close()
-            started.callback(process.join)
-            started.callback(ours.close)  # before that: it makes the process end
-            pipes.append(ours)
-        try:
-            for pipe in pipes:
-                pipe.recv()
-            for pipe in pipes:
-                pipe.send("measure")
-            found = [pipe.recv() for pipe in pipes]
-        except (EOFError, ConnectionError) as error:
-            raise ChildProcessError(errno.ECHILD, "a process that was to read clones has ended early") from error
-        yield found
+    names = [[f"/clone-{one}" for one in range(number * clones, (number + 1) * clones)] for number in range(processes)]
+    with workers(read_clones, [(pool, some, total) for some in names]) as pipes:
+        ask(pipes, "map and read")
+        yield ask(pipes, "measure")
 
 
 def read_clones(pipe: Pipe, pool: str, names: list[str], total: int) -> None:
     """Be one of the processes: map and read; measure when told; hold it all until the other end is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches us, too; who started us decides what it means
+    pipe.recv()
     before = memory.page_tables()
     with onecopy.open(pool, "r") as fs, ExitStack() as held:
         mappings = [held.enter_context(fs.map(name)) for name in names]
         if any(checksum(memoryview(mapping)) != total for mapping in mappings):
             raise ValueError("a clone does not read as its origin")
-        try:
-            pipe.send("ready")
-            pipe.recv()
-            found = memory.measure([(mapping.address, len(mapping)) for mapping in mappings])
-            pipe.send(replace(found, page_tables=found.page_tables - before))
-            pipe.recv()
-        except (EOFError, ConnectionError):
-            pass
+        pipe.send("ready")
+        pipe.recv()
+        found = memory.measure([(mapping.address, len(mapping)) for mapping in mappings])
+        pipe.send(replace(found, page_tables=found.page_tables - before))
+        pipe.recv()
 
 
 def checksum(content: bytes | memoryview) -> int:

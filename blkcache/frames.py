@@ -1,8 +1,10 @@
 """The frame allocator: one byte of state a frame, in the run-time file, shared by all processes.
 
 Derived, never durable: a cold open fills the table by walking the trees. Bytes rather than bits, so that the one
-word that says whether a frame is free also says what may be done with it. All changes are made under the
-transaction lock; readers may look at any time at the bits that are only ever hints (SHARED).
+word that says whether a frame is free also says what may be done with it. Fault handlers take free frames at any time, by
+compare-and-swap; all other changes are made under the transaction lock, to frames that are not free. So
+free frames are taken by `claim` alone, and bits are changed only where a mask has found a frame in use. Readers may
+look at any time at the bits that are only ever hints (SHARED).
 
 What an unpublished transaction took is found again by `undo`, in the process that gave up or in the next one to hold the
 lock after a death: runs of data frames in the taken log, nodes by the generation in their headers. Nobody published them,
@@ -14,9 +16,10 @@ from operator import itemgetter
 import numpy as np
 import numpy.typing as npt
 
+from onecopy.daxemu._fault import Engine
 from onecopy.daxemu.errors import NoSpace
 from onecopy.daxemu.pool import Pool
-from onecopy.daxemu.runtime import Runtime, W
+from onecopy.daxemu.runtime import COUNTERS, Runtime, W
 from onecopy.daxemu.steps import reach
 from onecopy.daxemu.units import HUGE, WORDS
 
@@ -28,11 +31,13 @@ STATES = {  # for FORMAT.md
     "FRESH": "the durable root does not name it",
     "SHARED": "maybe referenced more than once: ask the fragment counts; clear: surely not",
     "LIMBO": "freed, but the durable root names it or a mapping pins it",
-    "PINNED": "maybe mapped by somebody: ask the pin lists; clear: surely not",
+    "PINNED": "maybe mapped by who had a file open that is deleted: ask the orphans; clear: surely not",
     "NODE": "a tree node",
     "DIRTY": "content changed since the last durable commit",
-    "BACKED": "free, with storage of the host",
+    "BACKED": "free, with storage of the host; with USED: taken by a write fault, in no extent yet",
 }
+HELD = USED | FRESH | DIRTY | BACKED  # what a write fault makes of a free frame
+_TAKING = NODE  # alone: neither free nor anybody's, for a moment under the transaction lock
 
 Run = tuple[int, int]  # (first PFN, pages)
 
@@ -43,6 +48,7 @@ _NODE_GENERATION = 2  # word of a node that says which transaction made it
 MAX_RUN = (1 << 24) - 1  # pages: what fits beside a PFN in a word
 _CHUNK = 64  # node frames that get storage at once
 _KEEP_BACKED = 256  # free frames that keep their storage over a sync, for the nodes to come
+_KEEP_PART, _KEEP_MOST = 8, 1 << 16  # ... for faults, which copy into them much faster: a part of the pool, up to 256 MiB
 
 
 def pack_run(pfn: int, pages: int) -> int:
@@ -69,32 +75,39 @@ def free_runs(table: npt.NDArray[np.uint8], first: int = 0) -> tuple[npt.NDArray
     return edges[::2] + first, edges[1::2] - edges[::2]
 
 
+def reserve_of(pool: Pool) -> int:
+    """Return how many frames are kept: deleting in a full pool, and syncing it, copies paths of nodes."""
+    return max(48, min(pool.frames // 64, 8192))
+
+
 class Frames:
     """The allocator over one handle's run-time file. The caller holds the transaction lock throughout."""
 
-    def __init__(self, runtime: Runtime, pool: Pool) -> None:
-        self.runtime, self.pool = runtime, pool
+    def __init__(self, runtime: Runtime, pool: Pool, engine: Engine) -> None:
+        self.runtime, self.pool, self.engine = runtime, pool, engine
         self.table, self.array = runtime.table, runtime.table_array
         self._base = runtime.layout.table
         self._log = runtime.layout.taken // 8
-        # Deleting and syncing a full pool copies paths of nodes: these frames are theirs.
-        self.reserve = max(48, min(pool.frames // 64, 8192))
+        self.reserve = reserve_of(pool)
         self.room = 0  # frames that the running transaction may still take
         self._node_room = 0  # ... and at which value of it nodes end, too
         self._generation = 0  # of the running transaction
+        self._held = 0  # frames that faults had taken when it began
+        self.adopted = 0  # frames of faults that it makes its own
 
     def begin(self, generation: int, *, reserve: bool) -> None:
         """Start the transaction that will become `generation`; `reserve`: it may use the frames kept for deletions."""
         words = self.runtime.words
         words[_TAKEN] = 0
         words[_TAKEN_GENERATION] = self._generation = generation  # from here on a death is undone
-        self.room = words[_FREE] - (0 if reserve else self.reserve)
+        self._held, self.adopted = max(0, self.engine.count("held", 0)), 0
+        self.room = words[_FREE] - self._held - (0 if reserve else self.reserve)
         # Half of what is kept is for everybody's nodes: changing what has frames already must not fail for want of one.
         self._node_room = 0 if reserve else -(self.reserve // 2)
 
     def settle_room(self, *, reserve: bool) -> None:
         """Before publishing: write what the transaction took into the free counter."""
-        self.runtime.words[_FREE] = self.room + (0 if reserve else self.reserve)
+        self.runtime.words[_FREE] = self.room + self._held - self.adopted + (0 if reserve else self.reserve)
 
     def _no_room(self, pages: int) -> NoSpace:
         return NoSpace(
@@ -110,11 +123,13 @@ class Frames:
         """
         if self.room <= self._node_room:
             raise self._no_room(1)
-        words, base = self.runtime.words, self._base
-        at = self.runtime.memory.rfind(b"\x80", base + words[_NODE_FLOOR], base + words[_NODE_HINT] + 1)
-        if at < 0:
-            at = self._back_chunk()
-        words[_NODE_HINT] = pfn = at - base
+        words, base, claimed = self.runtime.words, self._base, False
+        while not claimed:
+            at = self.runtime.memory.rfind(b"\x80", base + words[_NODE_FLOOR], base + words[_NODE_HINT] + 1)
+            if at < 0:
+                at = self._back_chunk()
+            words[_NODE_HINT] = pfn = at - base
+            claimed = self.engine.claim(pfn, 1, _TAKING)
         # The generation first: who finds the frame in use after a death must see whose it is.
         self.pool.words[pfn * WORDS + _NODE_GENERATION] = self._generation
         self.table[pfn] = USED | FRESH | NODE | DIRTY
@@ -127,9 +142,15 @@ class Frames:
         end = base + frames
         for size in (_CHUNK, 8, 1):
             at = memory.rfind(bytes(size), base, end)
+            while at >= 0 and not self.engine.claim(at - base, size, _TAKING):
+                at = memory.rfind(bytes(size), base, end)
             if at >= 0:
                 pfn = at - base
-                self.pool.back(pfn, size)
+                try:
+                    self.pool.back(pfn, size)
+                except BaseException:
+                    self.array[pfn : pfn + size] = 0
+                    raise
                 self.array[pfn : pfn + size] = BACKED
                 runtime.set("node_floor", min(runtime.get("node_floor"), pfn))
                 runtime.set("node_hint", pfn + size - 1)
@@ -147,13 +168,13 @@ class Frames:
         """
         if self.room < pages:
             raise self._no_room(pages)
-        if goal and self.are_free(goal, pages):
-            self._take_run(goal, pages)
+        if goal and self.are_free(goal, pages) and self._take_run(goal, pages):
             return [(goal, pages)]
         runs: list[Run] = []
         while pages:
             run = self._next_run(min(pages, MAX_RUN))
-            self._take_run(*run)
+            if not self._take_run(*run):
+                continue  # a fault was faster
             self.runtime.words[_DATA_HINT] = run[0] + run[1]
             runs.append(run)
             pages -= run[1]
@@ -176,16 +197,31 @@ class Frames:
         self.runtime.words[_DATA_HINT] = hint + pages
         return hint
 
-    def _take_run(self, pfn: int, pages: int) -> None:
+    def _take_run(self, pfn: int, pages: int) -> bool:
         runtime, words = self.runtime, self.runtime.words
         count = words[_TAKEN]
         runtime.reserve(_TAKEN_ROOM, runtime.layout.taken, (count + 1) * 8)
         words[self._log + count] = pack_run(pfn, pages)
         words[_TAKEN] = count + 1  # from here on a death gives the run back
         reach("frame logged")
-        self.array[pfn : pfn + pages] = USED | FRESH | DIRTY
+        if not self.engine.claim(pfn, pages, USED | FRESH | DIRTY):
+            words[_TAKEN] = count
+            return False
         self.room -= pages
         reach("frame taken")
+        return True
+
+    def adopt(self, runs: list[Run]) -> None:
+        """Make frames that faults have taken the running transaction's: it gives them back when it is undone."""
+        runtime, words = self.runtime, self.runtime.words
+        for pfn, pages in cut_runs(runs):
+            count = words[_TAKEN]
+            runtime.reserve(_TAKEN_ROOM, runtime.layout.taken, (count + 1) * 8)
+            words[self._log + count] = pack_run(pfn, pages)
+            words[_TAKEN] = count + 1
+            self.array[pfn : pfn + pages] &= np.uint8(0xFF ^ BACKED)
+            self.engine.count("held", -pages)
+            self.adopted += pages
 
     def _next_run(self, pages: int) -> Run:
         hint, limit = self.runtime.words[_DATA_HINT], self.runtime.get("node_floor")
@@ -239,7 +275,9 @@ class Frames:
             return
         for word in runtime.words[self._log : self._log + runtime.get("taken_count")].tolist():
             pfn, pages = unpack_run(word)
-            self.array[pfn : pfn + pages] = BACKED
+            piece = self.array[pfn : pfn + pages]
+            piece[((piece & USED) != 0) & ((piece & BACKED) == 0)] = BACKED  # what it logged, but a fault took, is the fault's
+        self.array[self.array == _TAKING] = BACKED
         nodes = np.flatnonzero((self.array & (USED | NODE | FRESH)) == USED | NODE | FRESH)
         made = np.frombuffer(self.pool.words, np.uint64)[nodes * WORDS + _NODE_GENERATION]
         self.array[nodes[made > runtime.get("live_generation")]] = BACKED
@@ -249,16 +287,40 @@ class Frames:
         runtime.set("taken_generation", 0)
 
     def recount(self) -> None:
-        """Set the free counter from the table."""
-        self.runtime.set("free", self.pool.frames - int(np.count_nonzero(self.array & USED)))
+        """Set the counters of free frames, and of those that faults have taken, from the table."""
+        while True:
+            before = self.engine.count("held", 0)
+            held = self.held()
+            used = int(np.count_nonzero(self.array & USED))
+            if self.engine.count("held", 0) == before:  # no fault came in between
+                break
+        self.engine.count("held", len(held) - before)
+        self.runtime.set("free", self.pool.frames - used + len(held))
 
-    def give_back(self, keep: int = _KEEP_BACKED) -> None:
-        """Punch free frames out of the pool file, but for the last `keep` of them (the nodes' end)."""
+    def held(self) -> npt.NDArray[np.int64]:
+        """Return the frames that faults have taken and no transaction has folded yet."""
+        return np.flatnonzero((self.array & (USED | BACKED)) == USED | BACKED)
+
+    def count_free(self) -> int:
+        """Return how many frames are free."""
+        return int(self.runtime.get("free")) - max(0, self.engine.count("held", 0))
+
+    def give_back(self, keep: int = _KEEP_BACKED, *, faults: bool = False) -> None:
+        """Punch free frames out of the pool file, but for the last `keep` of them (the nodes' end).
+
+        `faults`: files are mapped for storing; then more are kept, where faults look first.
+        """
+        if faults:
+            keep = max(keep, min(self.pool.frames // _KEEP_PART, _KEEP_MOST))
+        self.array[self.array == _TAKING] = BACKED  # of one who died right here
         backed = self.array == BACKED
         if keep:
             spare = np.flatnonzero(backed)
             backed[spare[-keep:]] = False
+            if len(spare) > HUGE:
+                self.runtime.words[self.runtime.layout.counters // 8 + COUNTERS.word("hint")] = int(spare[-keep:][0])
         edges = np.flatnonzero(np.diff(backed, prepend=False, append=False)).tolist()
         for first, end in zip(edges[::2], edges[1::2], strict=True):
-            self.pool.punch(first, end - first)
-            self.array[first:end] = 0
+            if self.engine.claim(first, end - first, _TAKING):  # else a fault was faster: at the next sync
+                self.pool.punch(first, end - first)
+                self.array[first:end] = 0

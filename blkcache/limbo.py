@@ -5,7 +5,7 @@ the same store that publishes the transaction, because the ring's tail is part o
 
 1. no reader announces an older generation (`slots.oldest_reader`),
 2. the durable root does not name it (FRESH), or a newer one has been committed,
-3. no mapping pins it.
+3. no mapping of a deleted file shows it (PINNED).
 
 `reclaim` handles 1 and moves what fails 2 or 3 into the LIMBO state; `settle` frees those after a durable commit or an unpin.
 """
@@ -14,7 +14,7 @@ from array import array
 
 import numpy as np
 
-from onecopy.blkcache.frames import DIRTY, FRESH, LIMBO, PINNED, USED, Frames, Run, cut_runs, pack_run, unpack_run
+from onecopy.blkcache.frames import BACKED, DIRTY, FRESH, LIMBO, PINNED, USED, Frames, Run, cut_runs, pack_run, unpack_run
 from onecopy.daxemu.runtime import W
 from onecopy.daxemu.slots import oldest_reader
 from onecopy.daxemu.steps import reach
@@ -110,7 +110,7 @@ class Limbo:
         array = self.frames.array
         waiting = (array & LIMBO) != 0
         array[waiting] |= np.uint8(FRESH)
-        array[((array & USED) != 0) & ~waiting] &= np.uint8(0xFF ^ (FRESH | DIRTY))
+        array[((array & (USED | BACKED)) == USED) & ~waiting] &= np.uint8(0xFF ^ (FRESH | DIRTY))  # not what faults have taken
         for _, pfn, pages in self.entries(tail):
             array[pfn : pfn + pages] |= np.uint8(FRESH)
         self.settle()

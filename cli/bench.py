@@ -45,7 +45,7 @@ def bench(
 
     Every figure is the median of several runs in both orders. What a comparison needs and this machine doesn't have
     (root, to mount XFS and Btrfs; memory; duperemove) is skipped, and said so. Pools and file systems are made in
-    /dev/shm and removed afterwards. All of it takes about a quarter of an hour.
+    /dev/shm and removed afterwards. All of it takes about twenty minutes.
     """
     from onecopy.benchmarks import NAMES
     from onecopy.benchmarks.harness import ended_by_sigterm

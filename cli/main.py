@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
-from onecopy.cli import bench, demo, errors, files, pool, seeing, share, subvolume, transfer
+from onecopy.cli import bench, demo, errors, files, pool, seeing, share, stress, subvolume, transfer
 
 
 class Verbs(TyperGroup):
@@ -78,7 +78,7 @@ app = typer.Typer(
 )
 for module in (pool, transfer, files, share, subvolume, seeing):
     app.add_typer(module.verbs)
-for program in (demo, bench):
+for program in (demo, stress, bench):
     program.register(app)
 
 

@@ -60,12 +60,21 @@ def _show_info(verb: str, info: onecopy.PoolInfo, *, as_json: bool) -> None:
             ("used", pages(info.used_pages)),
             ("free", pages(info.free_pages)),
             ("freed, not yet reusable", pages(info.waiting_pages)),
-            ("pinned", pages(info.pinned_pages)),
+            ("kept for mappings of deleted files", pages(info.pinned_pages)),
+            ("stored through mappings, not folded", pages(info.dirty_pages)),
             ("backed by the host", show.size(info.backed_bytes)),
             ("generation", f"{info.generation}, on the device {info.durable_generation}"),
             ("subvolumes", info.subvolumes),
+            ("stores to shared pages", f"{info.faults:,}"),
+            ("shootdowns", _shootdowns(info)),
         ]
     )
+
+
+def _shootdowns(info: onecopy.PoolInfo) -> str:
+    if not info.shootdowns:
+        return "0"
+    return f"{info.shootdowns:,}, median {info.shootdown_median_us:g} us, 99 % within {info.shootdown_p99_us:g} us"
 
 
 @verbs.command(epilog="Example: onecopy check /dev/shm/p.pool || echo damaged")

@@ -3,15 +3,18 @@
 It lives in /dev/shm, named after the pool's UUID and inode, with the pool's owner and mode. `Runtime` owns its layout;
 what the areas mean is said where they are used: slots in `slots`, frame states and limbo in blkcache, the live root in fs.
 
-    header | state words | slots | reader words | frame table | limbo ring | taken log | pins
+    header | state words | slots | reader words | counters | frame table | limbo ring | taken log | entry log |
+    messages | bells | hash of the address spaces | address spaces | their windows
 
-Only the header and the words up to the frame table have storage from the start; the rest gets it as it grows
-(`reserve`), because a store into a hole of a full /dev/shm is a SIGBUS.
+A window holds one address space's lock words and DAX entries; see daxemu/_fault.h. Only the header and the words up to the
+frame table have storage from the start; the rest gets it as it grows (`reserve`), because a store into a hole of a full
+/dev/shm is a SIGBUS.
 """
 
 import errno
 import mmap
 import os
+import struct
 from typing import Any
 
 import numpy as np
@@ -25,10 +28,16 @@ from onecopy.daxemu.units import PAGE
 
 FOLDER = "/dev/shm"
 MAGIC = int.from_bytes(b"onecopyR", "little")
-LAYOUT = 1
+LAYOUT = 2
 SLOTS = 512
 READERS = 8  # concurrent lock-free readers a slot can announce
-PINS = 1 << 17  # runs a slot can pin
+MESSAGES = 4  # faults, commits and freezes that a slot can have under way
+SPACES = 1 << 16  # files that can be mapped
+BUCKETS = 1 << 14  # of the hash of the address spaces
+WINDOW = 1 << 32  # bytes a space's window takes in the file, nearly all of it hole
+LOCKS = 4 << 20  # bytes of lock words, one for 512 pages, at the start of a window
+TIMES = 56  # places of the histogram of shootdowns
+MAX_PAGES = 1 << 28  # of a file that is mapped for storing: 1 TiB
 
 HEADER = Record(
     "run-time header",
@@ -71,7 +80,19 @@ STATE = Record(
         ("limbo_room", "u64", "bytes", "storage of the limbo ring"),
         ("taken_room", "u64", "bytes", "storage of the taken log"),
         ("stale_hints", "u64", "", "1: SHARED is set for frames that are not shared any more; the next sync clears them"),
-        ("unused", "bytes[136]", "", ""),
+        ("log_count", "u64", "", "runs of the entry log: what a transaction changes in address spaces"),
+        ("log_generation", "u64", "", "generation that the entry log belongs to; at most live_generation: to be applied"),
+        ("log_owner", "u64", "", "who commits: slot, and the slot's incarnation from bit 12 on"),
+        ("log_room", "u64", "bytes", "storage of the entry log"),
+        ("spaces_used", "u64", "", "one more than the highest address space ever used"),
+        ("spaces_free", "u64", "", "one more than the first free address space below spaces_used; 0: none"),
+        ("spaces_room", "u64", "bytes", "storage of the address spaces"),
+        ("buckets_room", "u64", "bytes", "storage of the hash"),
+        ("messages_room", "u64", "bytes", "storage of the messages"),
+        ("bells_room", "u64", "bytes", "storage of the bells"),
+        ("windows_used", "u64", "", "1: there are or were address spaces with entries"),
+        ("chains", "u64", "", "odd while the hash chains of the address spaces change"),
+        ("unused", "bytes[40]", "", ""),
         ("live_root_0", "bytes[128]", "", "the live root of even generations: fs owns its fields"),
         ("live_root_1", "bytes[128]", "", "the live root of odd generations"),
     ],
@@ -85,9 +106,96 @@ SLOT = Record(
         ("pid", "u64", "", "of the holder; 0: free"),
         ("start_time", "u64", "clock ticks", "of the holder, from /proc/PID/stat"),
         ("opened", "u64", "ns since 1970", "when the handle was opened"),
-        ("pins", "u64", "runs", "entries of the slot's pin list"),
-        ("pins_room", "u64", "bytes", "storage of the slot's pin list"),
-        ("unused", "bytes[24]", "", ""),
+        ("incarnation", "u64", "", "counts the holders: a lock word tells the one before from this one by it"),
+        ("unused", "bytes[32]", "", ""),
+    ],
+)
+
+# What the native half reads and writes, too; daxemu/_fault.h declares the same.
+
+SPACE = Record(
+    "address space",
+    128,
+    "One per inode that somebody maps: file pages to DAX entries.",
+    [
+        ("subvolume", "u64", "", "with `inode` the key"),
+        ("inode", "u64", "", "inode number"),
+        ("state", "u64", "", "0 free, 1 live, 2 orphan: its inode is deleted"),
+        ("pages", "u64", "pages", "entries in the window; 0: none yet, it is only mapped for reading"),
+        ("next", "u64", "", "one more than the next address space of the hash chain, or of the free ones"),
+        ("length", "u64", "pages", "of the longest mapping"),
+        ("dirty", "u64", "", "counts stores to shared pages; 0: none since all was folded"),
+        (
+            "version",
+            "u64",
+            "",
+            "odd while a commit changes the entries; goes on when the record comes to stand for another inode",
+        ),
+        ("mappers", "bytes[64]", "", "a bit for each slot that maps it"),
+    ],
+)
+
+MESSAGE = Record(
+    "message",
+    192,
+    "What a fault, freeze or commit asks other processes to do, and which frames it has claimed.",
+    [
+        ("futex", "u32", "", "counts answers"),
+        ("kind", "u32", "", "1 look the pages up again, 2 write-protect them, 3 apply the entry log"),
+        ("space", "u64", "", "address space"),
+        ("low", "u64", "", "first page"),
+        ("high", "u64", "", "behind the last page"),
+        ("claimed", "u64", "PFN", "first frame that a fault has taken and not entered yet"),
+        ("count", "u64", "pages", "how many; 2^64-1: about to take some"),
+        ("acks", "bytes[128]", "", "16 words; low half: a bit for each slot that has not answered; high half: the number"),
+        ("number", "u32", "", "of the message: an answer to an older one does not count"),
+        ("unused", "bytes[12]", "", ""),
+    ],
+)
+
+BELL = Record(
+    "bell",
+    320,
+    "One per slot: which messages wait for its service thread.",
+    [
+        ("futex", "u32", "", "counts rings"),
+        ("unused", "u32", "", ""),
+        ("bits", "bytes[256]", "", "a bit for each message"),
+        ("unused2", "bytes[56]", "", ""),
+    ],
+)
+
+RUN = Record(
+    "entry log run",
+    32,
+    "How a transaction changes the entries of one run of pages; ascending by space and page.",
+    [
+        (
+            "space",
+            "u64",
+            "",
+            "address space; bit 32: conflicts with stores made since; 33: zero bytes; 34: folded; 35: frames handed over",
+        ),
+        ("page", "u64", "", "first page"),
+        ("pages", "u64", "pages", "of the run; to zero bytes: the first in bits 16-31, the end in bits 0-15"),
+        ("word", "u64", "", "entry of the first page; PFNs count up"),
+    ],
+)
+
+COUNTERS = Record(
+    "counters",
+    512,
+    "Changed by fault handlers, at any time.",
+    [
+        ("held", "u64", "pages", "frames that faults have taken and no transaction has folded"),
+        ("hint", "u64", "PFN", "where the search of the faults goes on"),
+        ("faults", "u64", "", "stores to shared pages"),
+        ("copied", "u64", "pages", "copied by them"),
+        ("shootdowns", "u64", "", "with at least one process to tell"),
+        ("strays", "u64", "pages", "frames that faults have taken and nothing names any more"),
+        ("dirty", "u64", "pages", "entries not folded"),
+        ("epoch", "u64", "", "counts address spaces with entries that have ended"),
+        ("times", "bytes[448]", "", "shootdowns by duration: 56 counters, 4 to a doubling, from 1 us"),
     ],
 )
 
@@ -109,12 +217,25 @@ class Layout:
 
         self.slots = align(HEADER.size + STATE.size)
         self.readers = align(self.slots + SLOTS * SLOT.size)
-        self.table = align(self.readers + SLOTS * READERS * 8)
+        self.counters = align(self.readers + SLOTS * READERS * 8)
+        self.table = align(self.counters + COUNTERS.size)
         self.limbo = align(self.table + frames)
         self.limbo_capacity = frames + 1  # entries: there can be no more freed runs than frames
         self.taken = align(self.limbo + self.limbo_capacity * 16)
-        self.pins = align(self.taken + (frames + 1) * 8)
-        self.size = align(self.pins + SLOTS * PINS * 8)
+        self.log = align(self.taken + (frames + 1) * 8)
+        self.log_capacity = 2 * frames + 1024  # runs
+        self.messages = align(self.log + self.log_capacity * RUN.size)
+        self.bells = align(self.messages + SLOTS * MESSAGES * MESSAGE.size)
+        self.buckets = align(self.bells + SLOTS * BELL.size)
+        self.spaces = align(self.buckets + BUCKETS * 8)
+        self.windows = align(self.spaces + SPACES * SPACE.size)
+        self.size = self.windows + SPACES * WINDOW
+
+    def native(self) -> bytes:
+        """Return the offsets that the native half wants, in its order."""
+        words = ("live_generation", "free", "node_floor", "log_count", "log_generation", "log_owner", "spaces_used")
+        areas = (self.table, self.spaces, self.messages, self.bells, self.counters, self.log, self.windows)
+        return struct.pack("=15Q", self.slots + SLOT.offset["incarnation"], *areas, *(W[word] * 8 for word in words))
 
 
 class Runtime:
@@ -123,7 +244,7 @@ class Runtime:
     def __init__(self, pool: Pool, fd: int, path: str, lock: RankedLock) -> None:
         self.fd, self.path, self.lock, self.pool = fd, path, lock, pool
         self.layout = Layout(pool.frames)
-        self.memory = mmap.mmap(fd, self.layout.size)
+        self.memory = mmap.mmap(fd, self.layout.windows)  # each window is mapped when it is needed
         self.bytes = memoryview(self.memory)
         self.words = self.bytes.cast("Q")
         self.atomic = Words(self.memory)
@@ -138,6 +259,21 @@ class Runtime:
     def set(self, name: str, value: int) -> None:
         """Store a state word; the caller holds the transaction lock."""
         self.words[W[name]] = value
+
+    def counter(self, name: str) -> int:
+        """Return a counter that fault handlers change."""
+        return self.words[self.layout.counters // 8 + COUNTERS.word(name)]
+
+    def shootdown_time(self, part: float) -> float | None:
+        """Return the microseconds within which `part` (0 to 1) of the shootdowns were over; None without any."""
+        first = self.layout.counters // 8 + COUNTERS.word("times")
+        times = self.words[first : first + TIMES].tolist()
+        wanted, seen = part * sum(times), 0
+        for place, count in enumerate(times):
+            seen += count
+            if count and seen >= wanted:
+                return round(float((4 + (place + 1) % 4) << (place + 1) // 4) / 4, 2)  # where the place ends
+        return None
 
     def reserve(self, room: int, area: int, need: int) -> None:
         """Give [area, area + need) storage; word `room` says how much it has. NoSpace when /dev/shm is full.

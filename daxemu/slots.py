@@ -17,13 +17,14 @@ from dataclasses import dataclass
 
 from onecopy.daxemu.errors import OneCopyError
 from onecopy.daxemu.locks import reopen
-from onecopy.daxemu.runtime import READERS, SLOT, SLOTS, Runtime, W
+from onecopy.daxemu.runtime import BELL, MESSAGE, MESSAGES, READERS, SLOT, SLOTS, Runtime, W
 
 IDLE = (1 << 64) - 1  # a reader word that announces nothing; larger than every generation
 
 _LOCK_BASE = 1 << 40  # beyond the file's end: the range is only a name
 _FLOCK = struct.Struct("hhqqi4x")
 _LIVE = W["live_generation"]
+_MESSAGES_ROOM, _BELLS_ROOM = W["messages_room"], W["bells_room"]
 
 
 def _range_lock(fd: int, command: int, slot: int) -> int:
@@ -107,14 +108,17 @@ class Slot:
         os.close(self.fd)
 
 
-def claim(runtime: Runtime) -> Slot:
-    """Take a free slot for this process; the caller holds the transaction lock and has reaped the dead.
+JANITOR = SLOTS - 1  # the slot of who buries the dead while they hold all the others; never anybody's for long
 
-    Raises OneCopyError (ENFILE) when all are taken.
+
+def claim(runtime: Runtime, first: int = 0, end: int = JANITOR) -> Slot:
+    """Take a free slot of [first, end) for this process; the caller holds the transaction lock.
+
+    Raises OneCopyError (ENFILE) when all are taken, by the living or by dead that nobody has reaped.
     """
     fd = reopen(runtime.fd)
     try:
-        for index in range(SLOTS):
+        for index in range(first, end):
             if runtime.words[_word(runtime, index, "pid")]:
                 continue
             try:
@@ -122,10 +126,14 @@ def claim(runtime: Runtime) -> Slot:
             except BlockingIOError:
                 continue
             clear(runtime, index)
+            layout = runtime.layout
+            runtime.reserve(_MESSAGES_ROOM, layout.messages, (index + 1) * MESSAGES * MESSAGE.size)
+            runtime.reserve(_BELLS_ROOM, layout.bells, (index + 1) * BELL.size)
             pid = os.getpid()
             words = runtime.words
             words[_word(runtime, index, "start_time")] = _start_time(pid)
             words[_word(runtime, index, "opened")] = time.time_ns()
+            words[_word(runtime, index, "incarnation")] += 1
             runtime.set("slots_used", max(runtime.get("slots_used"), index + 1))
             words[_word(runtime, index, "pid")] = pid
             return Slot(runtime, index, fd)
@@ -141,18 +149,7 @@ def clear(runtime: Runtime, index: int) -> None:
     first = runtime.layout.readers // 8 + index * READERS
     for word in range(first, first + READERS):
         runtime.atomic.store(word, IDLE)
-    runtime.words[pins_word(runtime, index)] = 0
     runtime.words[_word(runtime, index, "pid")] = 0
-
-
-def pins_word(runtime: Runtime, index: int) -> int:
-    """Return the word that counts slot `index`'s pins."""
-    return _word(runtime, index, "pins")
-
-
-def pins_room_word(runtime: Runtime, index: int) -> int:
-    """Return the word that says how much storage slot `index`'s pin list has."""
-    return _word(runtime, index, "pins_room")
 
 
 def taken(runtime: Runtime) -> list[int]:

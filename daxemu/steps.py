@@ -22,8 +22,20 @@ STEPS = (
     "superblock stored",
     "durable noted",
     "flags cleaned",
-    "pins listed",
-    "pins settled",
+    "blocks taken over",
+)
+NATIVE = (  # in the order of daxemu/_fault.h
+    "block locked",
+    "frames claimed",
+    "pages copied",
+    "half entered",
+    "entries changed",
+    "peers told",
+    "pages mapped",
+    "all blocks locked",
+    "transaction published",
+    "entry log applied",
+    "entry log done",
 )
 _NUMBER = {name: number for number, name in enumerate(STEPS)}
 
@@ -34,3 +46,10 @@ def reach(name: str) -> None:
     """Tell the hook, if any, that step `name` has been reached."""
     if hook is not None:
         hook(_NUMBER[name])
+
+
+def signal_at(name: str, nth: int, number: int) -> None:
+    """Send signal `number` to this process at the `nth` arrival (from 1) at the native step `name`; "" for never."""
+    from onecopy.daxemu import _fault
+
+    _fault.signal_at(NATIVE.index(name) if name else -1, nth, number)

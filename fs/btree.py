@@ -189,7 +189,7 @@ class Tree:
         head = words[base]
         while head & 0xFF0000:
             at = bisect_right(words, key, base + _K + 1, base + _K + (head & _COUNT)) - 1
-            base = self._own_child(tx, at) << 9
+            base = self.own_child(tx, at) << 9
             head = words[base]
         at = bisect_left(words, key, base + _K, base + _K + (head & _COUNT))
         if at >= base + _K + (head & _COUNT) or words[at] != key:
@@ -209,10 +209,10 @@ class Tree:
                 end = base + _K + (head & _COUNT)
                 first = bisect_right(words, low, base + _K + 1, end) - 1
                 last = bisect_left(words, high, base + _K + 1, end)
-                stack.extend(self._own_child(tx, at) << 9 for at in range(first, last))
+                stack.extend(self.own_child(tx, at) << 9 for at in range(first, last))
         return root
 
-    def _own_child(self, tx: "Tx", at: int) -> int:
+    def own_child(self, tx: "Tx", at: int) -> int:
         """Own the child behind key word `at` of an owned inner node; return its PFN. It is one level lower (no circles)."""
         words = tx.words
         child = words[at + _C - _K]
@@ -250,7 +250,7 @@ class Tree:
             end = base + _K + (head & _COUNT)
             at = bisect_right(words, key, base + _K + 1, end) - 1
             words[at] = min(words[at], key)  # only for the first child: keep its key a lower bound
-            child = self._own_child(tx, at) << 9
+            child = self.own_child(tx, at) << 9
             head = words[child]
             if self._full(head):
                 self._split(tx, base, at, key)
@@ -302,7 +302,7 @@ class Tree:
         head = words[base]
         while head & 0xFF0000:
             at = bisect_right(words, key, base + _K + 1, base + _K + (head & _COUNT)) - 1
-            child = self._own_child(tx, at) << 9
+            child = self.own_child(tx, at) << 9
             if (words[child] & _COUNT) <= (FANOUT if words[child] & 0xFF0000 else self.capacity) >> 2:
                 child = self._join(tx, base, at, key)
             base = child
@@ -316,9 +316,9 @@ class Tree:
         here, last = first + (at - base - _K) * width, first + (end - base - _K) * width
         words[here : last - width] = words[here + width : last]
         words[base] = head - 1
-        return self._shrink(tx, root)
+        return self.shrink(tx, root)
 
-    def _shrink(self, tx: "Tx", root: int) -> int:
+    def shrink(self, tx: "Tx", root: int) -> int:
         """Drop an empty root, or inner roots with one child."""
         words = tx.words
         while True:
@@ -340,7 +340,7 @@ class Tree:
             return words[at + _C - _K] << 9
         if at == parent + _K + count - 1:
             at -= 1
-        left, right = self._own_child(tx, at) << 9, self._own_child(tx, at + 1) << 9
+        left, right = self.own_child(tx, at) << 9, self.own_child(tx, at + 1) << 9
         heads = words[left], words[right]
         counts = heads[0] & _COUNT, heads[1] & _COUNT
         inner = bool(heads[0] & 0xFF0000)

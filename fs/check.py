@@ -38,7 +38,7 @@ from onecopy.fs.format import (
 )  # fmt: skip
 
 if TYPE_CHECKING:
-    from onecopy.fs.mount import Mount
+    pass
 
 CODES = {
     "superblock": "a superblock slot is damaged (the other one serves)",
@@ -56,6 +56,7 @@ CODES = {
     "links": "an inode's link count differs from the names found",
     "name": "a directory entry leads nowhere or its records are damaged",
     "orphan": "an inode has no name",
+    "entries": "an address space shows other frames than the extents, or holds shared ones private (S2)",
     "subvolume": "a subvolume's record contradicts the trees",
 }
 
@@ -392,35 +393,3 @@ def check_pool(path: str) -> CheckReport:
         return checker.run(block.roots, block.counts)
     finally:
         pool.close()
-
-
-def check_mounted(mount: "Mount") -> CheckReport:
-    """Check the live tree of an open pool, and the frame table against it, while nobody changes anything."""
-    from onecopy.blkcache.frames import FRESH, LIMBO, SHARED, USED
-
-    mount.check_open()
-    with mount.lock:
-        mount.settle()
-        view, array = mount.live_view(), mount.frames.array
-        checker = Checker(mount.pool, (array & FRESH) != 0)
-        report = checker.run(view.roots, view.counts)
-        reached = checker.is_node | checker.is_data
-        reached[:FIRST_FREE] = True
-        waiting = (array & LIMBO) != 0
-        for _, pfn, pages in mount.limbo.entries(view.limbo_tail):
-            waiting[pfn : pfn + pages] = True
-        used = (array & USED) != 0
-        for name, wrong in (
-            ("reached by the trees, but free", reached & ~used),
-            ("in limbo, but reached by the trees", waiting & reached),
-            ("in use, but reached by nothing", used & ~reached & ~waiting),
-            ("shared, but without the hint", (checker.references[:-1] > 1) & ((array & SHARED) == 0)),
-        ):
-            bad = np.flatnonzero(wrong)
-            if len(bad):
-                checker.found("frames", f"{len(bad)} frames, the first at {bad[0]}", int(bad[0]), "agreement", name)
-        free = mount.pool.frames - int(np.count_nonzero(used))
-        if free != mount.runtime.get("free"):
-            checker.found("frames", "the free counter", 0, free, mount.runtime.get("free"))
-        report.counted["waiting_pages"] = int(np.count_nonzero(waiting))
-        return report

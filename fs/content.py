@@ -2,10 +2,11 @@
 
 A store goes in place where the pages are private, and into fresh frames where they are shared, mapped, or missing: only
 the edges that a partial page keeps are copied (after Ruan's dax copy-edges, 2019). Bytes of the last page beyond the
-end of a file are zero, always; so is what an unwritten extent reads as.
+end of a file are zero, or become so when the file grows: a mapping may store there. An unwritten extent reads as zeros.
 """
 
 import errno
+from contextlib import nullcontext
 
 from onecopy.blkcache.frames import SHARED
 from onecopy.daxemu.errors import invalid, posix
@@ -78,19 +79,35 @@ def write(tx: Tx, inode: Inode, offset: int, data: memoryview) -> None:
     """Store `data` at `offset`, growing the file where needed; saves the inode. NoSpace."""
     check_range(offset, len(data))
     end = offset + len(data)
-    if data and not _write_inline(inode, offset, data):
+    if data and not _write_inline(tx, inode, offset, data):
         to_pages(tx, inode)
+        clear_tail(tx, inode, offset)
         _store(tx, inode, offset, data)
         inode.size = max(inode.size, end)
     inode.touch()
     inodes.save(tx, inode)
 
 
-def _write_inline(inode: Inode, offset: int, data: memoryview) -> bool:
+def clear_tail(tx: Tx, inode: Inode, end: int) -> None:
+    """Before the file grows: zero the last page's bytes up to `end`, which a mapping may have stored to behind the end."""
+    if inode.size % PAGE and end > inode.size and inode.content is None:
+        last = inode.size // PAGE
+        for _, pfn, _, flags in extents.clip(extents.load(tx, inode, last, last + 1), last, last + 1):
+            tail = tx.bytes[pfn * PAGE + inode.size % PAGE : (pfn + 1) * PAGE]
+            if not flags & UNWRITTEN and (tail != _ZEROS[: len(tail)] or (tx.changes is not None and tx.changes.pages(inode))):
+                _zero_part(tx, inode, inode.size, min(end, (last + 1) * PAGE))
+
+
+def _write_inline(tx: Tx, inode: Inode, offset: int, data: memoryview) -> bool:
     """Store into the inode's record if all of the content fits there."""
     end = offset + len(data)
     content = inode.content if inode.size else b""
-    if content is None or max(end, inode.size) > INLINE or inode.pages:
+    if (
+        content is None
+        or max(end, inode.size) > INLINE
+        or inode.pages
+        or (tx.changes is not None and tx.changes.of(inode) >= 0)
+    ):
         return False
     whole = bytearray(content.ljust(max(end, inode.size), b"\0"))
     whole[offset:end] = data
@@ -119,6 +136,8 @@ def _store(tx: Tx, inode: Inode, offset: int, data: memoryview, *, in_place: boo
     """Store into pages: in place where they are private, unless told otherwise, else into fresh frames. The size stays."""
     end = offset + len(data)
     low, high = offset // PAGE, pages_of(end)
+    if tx.changes is not None:
+        tx.changes.own(tx, inode, low, high)
     missing = [low]  # edges of the ranges that need fresh frames
     for page, pfn, pages, flags, private in extents.pieces(tx, inode, low, high):
         if not private or not (in_place or flags & UNWRITTEN):
@@ -214,6 +233,8 @@ def _zero_part(tx: Tx, inode: Inode, offset: int, end: int) -> None:
     stored by somebody else, and completely.
     """
     page = offset // PAGE
+    if tx.changes is not None and offset < end and tx.changes.zero(tx, inode, offset, end):
+        return
     if offset < end and extents.written(extents.load(tx, inode, page, page + 1)):
         _store(tx, inode, offset, memoryview(_ZEROS)[: end - offset], in_place=False)
 
@@ -226,6 +247,7 @@ def truncate(tx: Tx, inode: Inode, size: int) -> None:
         inode.set_content(content[:size].ljust(size, b"\0"))
     else:
         to_pages(tx, inode)
+        clear_tail(tx, inode, size)
         if size < inode.size:
             _zero_part(tx, inode, size, min(pages_of(size) * PAGE, inode.size))
         extents.replace(tx, inode, pages_of(size), MAX_KEY - 1, [])
@@ -241,6 +263,7 @@ def allocate(tx: Tx, inode: Inode, offset: int, length: int) -> None:
     """
     _check_some(offset, length)
     to_pages(tx, inode)
+    clear_tail(tx, inode, offset + length)
     low, high = offset // PAGE, pages_of(offset + length)
     _fill_holes(tx, inode, low, high)
     inode.size = max(inode.size, offset + length)
@@ -249,12 +272,13 @@ def allocate(tx: Tx, inode: Inode, offset: int, length: int) -> None:
 
 
 def _fill_holes(tx: Tx, inode: Inode, low: int, high: int) -> None:
-    for first, last in extents.holes(extents.load(tx, inode, low, high), low, high):
-        at = first
-        for pfn, pages in tx.frames.take_data(last - first):
-            tx.pool.back(pfn, pages)
-            extents.replace(tx, inode, at, at + pages, [(at, pfn, pages, UNWRITTEN)])
-            at += pages
+    with tx.changes.quiet() if tx.changes is not None else nullcontext():  # a mapping shows zeros before and after
+        for first, last in extents.holes(extents.load(tx, inode, low, high), low, high):
+            at = first
+            for pfn, pages in tx.frames.take_data(last - first):
+                tx.pool.back(pfn, pages)
+                extents.replace(tx, inode, at, at + pages, [(at, pfn, pages, UNWRITTEN)])
+                at += pages
 
 
 def punch(tx: Tx, inode: Inode, offset: int, length: int) -> None:
@@ -294,6 +318,7 @@ def zero(tx: Tx, inode: Inode, offset: int, length: int) -> None:
     """Make the range read as zeros and keep it allocated (unwritten); grows the file as `allocate` does. Saves it."""
     _check_some(offset, length)
     to_pages(tx, inode)
+    clear_tail(tx, inode, offset + length)
     end = offset + length
     low, high = pages_of(offset), end // PAGE
     _zero_ends(tx, inode, offset, end)
@@ -318,6 +343,8 @@ def collapse(tx: Tx, inode: Inode, offset: int, length: int) -> None:
         raise invalid("collapse must end before the end of the file; truncate cuts the end off")
     to_pages(tx, inode)
     low, high = offset // PAGE, (offset + length) // PAGE
+    if tx.changes is not None:
+        tx.changes.keep(tx, inode, low, MAX_KEY)
     extents.replace(tx, inode, low, high, [])
     extents.shift(tx, inode, high, low - high)
     inode.size -= length
@@ -334,6 +361,8 @@ def insert(tx: Tx, inode: Inode, offset: int, length: int) -> None:
         raise invalid("insert must start before the end of the file; truncate makes it longer")
     check_range(0, inode.size + length)
     to_pages(tx, inode)
+    if tx.changes is not None:
+        tx.changes.keep(tx, inode, offset // PAGE, MAX_KEY)
     extents.shift(tx, inode, offset // PAGE, length // PAGE)
     inode.size += length
     inode.touch()
@@ -345,6 +374,8 @@ def unshare(tx: Tx, inode: Inode, offset: int, length: int) -> None:
     check_range(offset, length)
     end = min(offset + length, inode.size)
     low, high = offset // PAGE, pages_of(end)
+    if tx.changes is not None and low < high:
+        tx.changes.own(tx, inode, low, high)
     if low < high and inode.content is None:
         for page, pfn, pages, flags, private in extents.pieces(tx, inode, low, high):
             if not private and not flags & UNWRITTEN:

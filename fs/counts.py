@@ -9,8 +9,11 @@ down when a shared node is copied (Rodeh): references are counted where they are
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from onecopy.blkcache.frames import SHARED, Run
+from onecopy.daxemu.errors import CorruptRecord
+from onecopy.fs import batch
 from onecopy.fs.btree import COUNTS, ENTRIES, EXTENTS, INODES, Tree
 from onecopy.fs.format import COUNT, INLINE_EXTENTS, INODE, MAX_INLINE_EXTENTS
 
@@ -161,6 +164,39 @@ def add_runs(tx: "Tx", runs: list[Run], delta: int) -> list[Run]:
     return freed
 
 
+def change_many(tx: "Tx", runs: npt.NDArray[np.int64], delta: int) -> list[Run]:
+    """`add_runs` for an (n, 2) array of runs: one sweep over their edges, one pass over the counts tree."""
+    runs = runs[runs[:, 0].argsort(kind="stable")]
+    first, end = runs[:, 0], runs.sum(1)
+    if not len(runs):
+        return []
+    if first[0] < 1 or first[-1] >= len(tx.array) or (first >= end).any() or end.max() > len(tx.array):
+        raise CorruptRecord("run of frames", int(first[0]), "frames", expected="some of the pool", actual=runs.tolist()[-1])
+    touched = (first - 1).astype(np.uint64), (end + 1).astype(np.uint64)  # with the neighbours that touch
+    tx.counts, before = batch.own_over(COUNTS, tx, tx.counts, *touched)
+    keys, values = before.keys, before.values
+    old, pages, count = keys.astype(np.int64), values[:, 0].astype(np.int64), values[:, 1].astype(np.int64)
+    wrong = (old < 0) | (pages < 1) | (pages > len(tx.array) - old) | (count < 2)
+    if wrong.any():
+        raise CorruptRecord("fragment", int(keys[wrong][0]), "frames", expected="some of the pool", actual=values[wrong][0])
+    edges = np.unique(np.concatenate((first, end, old, old + pages)))
+    low, high = edges[:-1], edges[1:]
+    times = first.searchsorted(low, "right") - np.sort(end).searchsorted(low, "right")
+    over = batch.over(old, old + pages, low)
+    now = np.where(over >= 0, np.append(count, 1)[over], 1) + delta * times
+    if delta > 0:
+        _hint(tx, low[times > 0], high[times > 0])
+    elif ((times > 0) & (now == 1)).any():
+        tx.runtime.set("stale_hints", 1)  # as in `add`
+    gone, kept = (times > 0) & (now < 1), now > 1
+    freed = [(start, stop - start) for start, stop in batch.joined(low[gone], high[gone])]
+    low, high, now = low[kept], high[kept], now[kept]
+    starts, ends = batch.groups((low[1:] != high[:-1]) | (now[1:] != now[:-1]), len(low))
+    new = np.stack((high[ends] - low[starts], now[starts]), 1).astype(np.uint64)
+    tx.counts = batch.replace(COUNTS, tx, tx.counts, before, low[starts].astype(np.uint64), new)
+    return freed
+
+
 def inode_references(view: "View", offset: int) -> tuple[int, list[Run]]:
     """Return what the inode record at byte `offset` refers to: (root PFN or 0, runs of inline extents)."""
     words, base = view.words, offset >> 3
@@ -209,12 +245,42 @@ def hint_children(tx: "Tx", tree: Tree, base: int) -> None:
     tx.runtime.set("stale_hints", 1)
 
 
+def share_many(tx: "Tx", tree: Tree, shared: list[tuple[int, int]], hinted: list[int]) -> None:
+    """Hand down counts as `Tx.own` does, of many (node, copy of it) at once; and the hints of copies `hinted`."""
+    if shared:
+        change_many(tx, np.array([(node, 1) for node, _ in shared]), -1)
+        change_many(tx, _refers(tx, tree, [copy for _, copy in shared]), 1)
+    if hinted:
+        runs = _refers(tx, tree, hinted)
+        _hint(tx, runs[:, 0], runs.sum(1))
+        tx.runtime.set("stale_hints", 1)
+
+
+def _refers(tx: "Tx", tree: Tree, nodes: list[int]) -> npt.NDArray[np.int64]:
+    """Return the runs of frames that nodes of one level of an extent tree refer to."""
+    level = tx.words[nodes[0] << 9] >> 16 & 0xFF
+    rest = batch.gather(tree, tx, level, np.array(nodes)).rest
+    pages = np.ones(len(rest), np.uint64) if level else rest[:, 1] & np.uint64(0xFFFFFFFF)
+    return np.stack((rest[:, 0], pages), 1).astype(np.int64)
+
+
+def _hint(tx: "Tx", first: npt.NDArray[np.int64], end: npt.NDArray[np.int64]) -> None:
+    """Set the SHARED hint of many runs."""
+    pages = end - first
+    if pages.sum() > 64 * len(pages):
+        for start, stop in zip(first.tolist(), end.tolist(), strict=True):
+            tx.array[start:stop] |= np.uint8(SHARED)
+    else:
+        tx.array[np.repeat(first - pages.cumsum() + pages, pages) + np.arange(pages.sum())] |= np.uint8(SHARED)
+
+
 def refresh_hints(view: "View") -> None:
     """Clear the SHARED hints that the counts of `view`, which has just become durable, do not back. Under the lock."""
     exact = np.zeros(len(view.array), bool)
     for first, offset in COUNTS.items(view.words, view.counts):
         exact[first : first + view.words[offset >> 3]] = True
-    view.array[~exact] &= np.uint8(0xFF ^ SHARED)
+    stale = ~exact & ((view.array & SHARED) != 0)  # and no free frame: a fault may be taking it
+    view.array[stale] &= np.uint8(0xFF ^ SHARED)
 
 
 def drop(tx: "Tx", tree: Tree, root: int) -> None:

@@ -4,6 +4,7 @@ Pages are found by a 64-bit multilinear hash (numpy's matrix product: 0.3 us a p
 a byte compare; sharing goes through `sharing.share_pages`, which compares again, under the lock, at that moment.
 """
 
+import errno
 import functools
 import os
 from dataclasses import dataclass, field, replace
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from onecopy.daxemu.errors import OneCopyError
 from onecopy.daxemu.units import PAGE, pages_of
 from onecopy.fs import directory as directories
 from onecopy.fs import extents, namei, sharing
@@ -193,7 +195,7 @@ def _apply(
     skipped, done, total = 0, 0, sum(job[4] for job in jobs)
     for at in range(0, len(jobs), _BATCH):
         batch = jobs[at : at + _BATCH]
-        skipped += fs._mount.run(functools.partial(_share_all, files=files, jobs=batch))
+        skipped += _share_as_can_be(fs, files, batch)
         done += sum(job[4] for job in batch)
         if progress:
             progress(done, total, "pages")
@@ -224,6 +226,16 @@ def _jobs(files: list[_File], frames: npt.NDArray[np.int64], keep: npt.NDArray[n
             for at in range(0, end - start, longest):
                 jobs.append((n, first + at, int(source[start]), other + at, min(longest, end - start - at)))
     return jobs
+
+
+def _share_as_can_be(fs: "FileSystem", files: list[_File], jobs: list[_Job]) -> int:
+    """Share in one transaction, or, where stores keep coming to some of it, one by one; return how many were left out."""
+    try:
+        return fs._mount.run(functools.partial(_share_all, files=files, jobs=jobs))
+    except OneCopyError as error:
+        if error.errno != errno.EBUSY:
+            raise
+        return 1 if len(jobs) == 1 else sum(_share_as_can_be(fs, files, [job]) for job in jobs)
 
 
 def _share_all(tx: "Tx", files: list[_File], jobs: list[_Job]) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from onecopy.blkcache import frames
 from onecopy.daxemu import locks, runtime, steps
+from onecopy.fs import mapped
 from onecopy.fs.btree import TREES
 from onecopy.fs.check import CODES
 from onecopy.fs.format import FANOUT, LIVE_ROOT, RECORDS
@@ -37,7 +38,8 @@ def format_document() -> str:
     lines += ["", "## Records on media", ""]
     lines += [record.markdown() for record in RECORDS]
     lines += ["## The run-time file", "", "Volatile; rebuilt from the pool when it is missing.", ""]
-    lines += [record.markdown() for record in (runtime.HEADER, runtime.STATE, runtime.SLOT, LIVE_ROOT)]
+    shared = (runtime.SPACE, runtime.MESSAGE, runtime.BELL, runtime.RUN, runtime.COUNTERS)
+    lines += [record.markdown() for record in (runtime.HEADER, runtime.STATE, runtime.SLOT, LIVE_ROOT, *shared)]
     lines += ["### frame table (1 byte a frame)", "", "| bit | state | meaning |", "| --- | --- | --- |"]
     lines += [f"| {getattr(frames, name)} | {name} | {meaning} |" for name, meaning in frames.STATES.items()]
     lines += ["", "## Findings of the check", "", "| code | means |", "| --- | --- |"]
@@ -60,9 +62,21 @@ def concurrency_document() -> str:
     lines += [f"| {rank} | {' | '.join(row)} |" for rank, row in enumerate(locks.RANKS)]
     lines += ["", _section(locks.__doc__), "", "## Readers", "", "Readers take no lock. " + _section(_announce()), ""]
     lines += ["## Reuse of frames (S5)", "", _section(_limbo())]
+    lines += ["", "## Stores through mappings (S1 to S4)", "", _contract(), "", "What a transaction does about them:", ""]
+    lines += [_section(mapped.__doc__)]
     lines += ["", "## Steps at which a process may die", "", "Tests kill a process at each of these, at every arrival.", ""]
     lines += [f"{number}. {name}" for number, name in enumerate(steps.STEPS)]
+    lines += ["", "In the native half, where a test can send a signal:", ""]
+    lines += [f"{number}. {name}" for number, name in enumerate(steps.NATIVE)]
     return "\n".join(lines) + "\n"
+
+
+def _contract() -> str:
+    """Return the contract that daxemu/_fault.h states, without the list of its files."""
+    text = (Path(locks.__file__).parent / "_fault.h").read_text(encoding="utf-8")
+    comment = text[text.index("/*") + 2 : text.index("*/")]
+    paragraphs = "\n".join(line.removeprefix(" *").removeprefix(" ") for line in comment.splitlines()).strip().split("\n\n")
+    return "\n\n".join(paragraphs[2:])
 
 
 def _announce() -> str | None:

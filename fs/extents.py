@@ -10,7 +10,7 @@ from itertools import pairwise
 from onecopy.blkcache.frames import FRESH, MAX_RUN, PINNED, SHARED
 from onecopy.daxemu.errors import CorruptRecord
 from onecopy.fs import counts
-from onecopy.fs.btree import EXTENTS, MAX_KEY
+from onecopy.fs.btree import EXTENTS, INODES, MAX_KEY, Tree
 from onecopy.fs.format import EXTENT, INLINE_DATA, INLINE_EXTENTS, MAX_INLINE_EXTENTS, UNWRITTEN
 from onecopy.fs.inode import Inode
 from onecopy.fs.tx import Tx, View
@@ -28,7 +28,16 @@ def inline_extents(inode: Inode) -> list[Extent]:
 
 
 def load(view: View, inode: Inode, low: int = 0, high: int = MAX_KEY) -> list[Extent]:
-    """Return the extents that overlap pages [low, high), whole, ascending."""
+    """Return the extents that overlap pages [low, high), whole, ascending; of a mapped file, what its entries say."""
+    if view.seen is not None:
+        found = view.seen.extents(view, inode, low, high)
+        if found is not None:
+            return found
+    return stored(view, inode, low, high)
+
+
+def stored(view: View, inode: Inode, low: int = 0, high: int = MAX_KEY) -> list[Extent]:
+    """Return the extents in the trees that overlap pages [low, high), whole, ascending."""
     frames = len(view.table)
     if inode.flags & INLINE_EXTENTS:
         found = [e for e in inline_extents(inode) if e[0] < high and e[0] + e[2] > low]
@@ -122,12 +131,36 @@ def _path_shared(view: View, root: int, low: int, high: int) -> bool:
     return False
 
 
+def path_may_share(view: View, inode: Inode) -> bool:
+    """Return False when surely no node between the superblock and the file's extents has two references."""
+    home = view.subvolume(inode.subvolume)
+    stack: list[tuple[Tree, int]] = [(INODES, home.root)] if home is not None else []
+    base = 0
+    while stack:
+        tree, pfn = stack.pop()
+        if view.table[pfn] & SHARED:
+            return True
+        base = tree.enter(view.words, pfn)
+        children = tree.children(view.words, base)
+        if children:
+            keys = view.words[base + 4 : base + 4 + len(children)].tolist()
+            at = max((n for n, key in enumerate(keys) if key <= inode.number), default=0)
+            stack.append((tree, children[at]))
+    nodes = [inode.root] if inode.root else []
+    while nodes:
+        pfn = nodes.pop()
+        if view.table[pfn] & SHARED:
+            return True
+        nodes += EXTENTS.children(view.words, EXTENTS.enter(view.words, pfn))
+    return False
+
+
 def pieces(tx: Tx, inode: Inode, low: int, high: int) -> list[tuple[int, int, int, int, bool]]:
     """Return what covers pages [low, high) as (page, PFN, pages, flags, private), cut where privacy changes.
 
-    Private: nobody else refers to the frames, nobody has them mapped, and the durable root, if it names them at all, does so
-    for this file alone; so they may be stored to in place (S2, S4, S9). The last is why a SHARED hint counts until the next
-    sync, whatever the references are by now. Owns the path first. A stale hint costs a copy.
+    Private: nobody else refers to the frames, no deleted file's mapping shows them, and the durable root, if it names them,
+    does so for this file alone; so they may be stored to in place (S2, S4, S9). The last is why a SHARED hint counts until the
+    next sync, whatever the references are by now. Owns the path first. A stale hint costs a copy.
     """
     own(tx, inode, low, high)
     found = []
@@ -149,6 +182,8 @@ def replace(tx: Tx, inode: Inode, low: int, high: int, new: list[Extent], *, kee
     """
     if low >= high:
         return
+    if tx.changes is not None:
+        tx.changes.touch(inode, low, high)
     own(tx, inode, max(low - 1, 0), high + 1)
     old = load(tx, inode, max(low - 1, 0), high + 1)
     around = [e for e in old if e[0] + e[2] <= low], [e for e in old if e[0] >= high]
@@ -158,10 +193,10 @@ def replace(tx: Tx, inode: Inode, low: int, high: int, new: list[Extent], *, kee
     if not keep:
         counts.release(tx, [(pfn, pages) for _, pfn, pages, _ in cut])
     inode.pages += sum(e[2] for e in new) - sum(e[2] for e in cut)
-    _write(tx, inode, old, merge([*around[0], *left, *new, *right, *around[1]]))
+    write(tx, inode, old, merge([*around[0], *left, *new, *right, *around[1]]))
 
 
-def _write(tx: Tx, inode: Inode, old: list[Extent], new: list[Extent]) -> None:
+def write(tx: Tx, inode: Inode, old: list[Extent], new: list[Extent]) -> None:
     """Change the inode's extents by replacing the entries `old` by `new`."""
     if not inode.root:
         if inode.flags & INLINE_EXTENTS:

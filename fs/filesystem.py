@@ -9,13 +9,13 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from onecopy.blkcache.frames import PINNED, USED
 from onecopy.daxemu import slots
-from onecopy.daxemu.errors import invalid, posix
+from onecopy.daxemu.errors import OneCopyError, ReadOnly, invalid, posix
 from onecopy.daxemu.mapping import Mapping
 from onecopy.daxemu.slots import User
 from onecopy.daxemu.units import PAGE
@@ -30,7 +30,7 @@ from onecopy.fs.inode import Inode
 from onecopy.fs.mount import Mount
 from onecopy.fs.namei import PHANTOM, Place
 from onecopy.fs.names import Names, Progress, join
-from onecopy.fs.tx import Tx
+from onecopy.fs.tx import Tx, View
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -40,9 +40,18 @@ if TYPE_CHECKING:
     from onecopy.fs.usage import Extent, Usage
 
 
+T = TypeVar("T")
+
+_TRIES = 64  # of a read that commits to the same file come into
+
+
 @dataclass(frozen=True)
 class PoolInfo:
-    """A pool: sizes in bytes or pages of 4,096 bytes, generations, and who has it open."""
+    """A pool: sizes in bytes or pages of 4,096 bytes, generations, and who has it open.
+
+    Counted since the run-time file was made: faults (stores to shared pages), and shootdowns that had another process
+    to tell, with their median and 99th percentile in microseconds (to a quarter of a power of two; None without any).
+    """
 
     path: str
     uuid: str
@@ -57,6 +66,11 @@ class PoolInfo:
     generation: int
     durable_generation: int
     subvolumes: int
+    faults: int
+    dirty_pages: int
+    shootdowns: int
+    shootdown_median_us: float | None
+    shootdown_p99_us: float | None
     users: list[User]
 
 
@@ -98,6 +112,9 @@ class FileSystem(Names):
             warnings.warn(f"unclosed pool {self.path}", ResourceWarning, stacklevel=2, source=self)
             mount.abandon()
 
+    def __reduce__(self) -> tuple[object, ...]:
+        return FileSystem, (self.path, self.mode)  # another process opens the pool anew
+
     def __repr__(self) -> str:
         return f"<onecopy.FileSystem {self.path!r} {'closed' if self.closed else self.mode}>"
 
@@ -112,7 +129,7 @@ class FileSystem(Names):
         with mount.lock:
             mount.settle()
             view, array = mount.live_view(), mount.frames.array
-            free = mount.runtime.get("free")
+            free = mount.frames.count_free()
             return PoolInfo(
                 path=self.path,
                 uuid=str(mount.pool.uuid),
@@ -127,6 +144,11 @@ class FileSystem(Names):
                 generation=view.generation,
                 durable_generation=mount.runtime.get("durable_generation"),
                 subvolumes=sum(1 for _ in ROOTS.items(view.words, view.roots)),
+                faults=mount.runtime.counter("faults"),
+                dirty_pages=mount.runtime.counter("dirty"),
+                shootdowns=mount.runtime.counter("shootdowns"),
+                shootdown_median_us=mount.runtime.shootdown_time(0.5),
+                shootdown_p99_us=mount.runtime.shootdown_time(0.99),
                 users=slots.users(mount.runtime),
             )
 
@@ -155,14 +177,28 @@ class FileSystem(Names):
 
     def read(self, path: str, offset: int = 0, size: int | None = None) -> bytes:
         """Return up to `size` bytes (all: None) from `offset` on."""
-        with self._mount.reading() as view:
-            return content.read(view, namei.file_at(view, path), offset, size)
+        return self._read(path, lambda view, inode: content.read(view, inode, offset, size))
 
     def readinto(self, path: str, buffer: "Buffer", offset: int = 0) -> int:
         """Fill `buffer` from `offset` on; return how many bytes there were."""
-        view = memoryview(buffer).cast("B")
-        with self._mount.reading() as generation:
-            return content.read_into(generation, namei.file_at(generation, path), offset, view)
+        to = memoryview(buffer).cast("B")
+        return self._read(path, lambda view, inode: content.read_into(view, inode, offset, to))
+
+    def _read(self, path: str, work: Callable[[View, Inode], T]) -> T:
+        """Run `work` on the file as it is at one moment; after many attempts that commits came into, as it is."""
+        seen, tries = self._mount.seen, 0
+        while True:
+            with self._mount.reading() as view:
+                inode = namei.file_at(view, path)
+                version = seen.version(view, inode)
+                if version >= 0 or tries > _TRIES:
+                    result = work(view, inode)
+                    if seen.is_still(inode, version) or tries > _TRIES:
+                        return result
+            tries += 1
+            if tries % 16 == 0:  # somebody may have died in a commit: who has the lock finishes it
+                with self._mount.lock:
+                    self._mount.settle()
 
     def write(self, path: str, data: "Buffer", offset: int = 0) -> int:
         """Store `data` at `offset` of the file, made when missing; return its length."""
@@ -241,8 +277,13 @@ class FileSystem(Names):
         self._mount.run(lambda tx: sharing.clone_range(tx, *self._pair(tx, src, src_offset, dst, dst_offset), length))
 
     def dedupe_range(self, a: str, a_offset: int, b: str, b_offset: int, length: int) -> bool:
-        """Share two ranges if their bytes are equal, compared under the lock; return whether they are."""
-        return self._mount.run(lambda tx: sharing.dedupe_range(tx, *self._pair(tx, a, a_offset, b, b_offset), length))
+        """Share two ranges if their bytes are equal, compared under the lock; return whether they are, and now shared."""
+        try:
+            return self._mount.run(lambda tx: sharing.dedupe_range(tx, *self._pair(tx, a, a_offset, b, b_offset), length))
+        except OneCopyError as error:
+            if error.errno == errno.EBUSY:
+                return False  # stores keep coming: what was equal is so no more
+            raise
 
     @staticmethod
     def _pair(tx: Tx, a: str, a_offset: int, b: str, b_offset: int) -> tuple[Inode, int, Inode, int]:
@@ -258,6 +299,7 @@ class FileSystem(Names):
         """Find equal pages below `paths`; report what sharing them frees, or (`apply`) share them."""
         from onecopy.fs import dedupe
 
+        self._fold()
         return dedupe.dedupe(self, paths, apply=apply, progress=progress)
 
     def create_subvolume(self, path: str, mode: int = 0o755) -> None:
@@ -274,10 +316,17 @@ class FileSystem(Names):
 
     # ------------------------------------------------------------- seeing
 
+    def _fold(self) -> None:
+        """Have what was stored through mappings in the trees, before these are looked at as a whole."""
+        self._mount.check_open()
+        if self.mode == "r+":
+            self._mount.maps.fold()
+
     def extents(self, path: str) -> "list[Extent]":
         """Return the file's runs: page, PFN, pages, how many files reach them, and state."""
         from onecopy.fs import usage
 
+        self._fold()
         with self._mount.reading() as view:
             return usage.file_extents(view, namei.file_at(view, path))
 
@@ -285,6 +334,7 @@ class FileSystem(Names):
         """Return what the tree at `path` holds: logical bytes, bytes only it reaches, bytes it shares with others."""
         from onecopy.fs import usage
 
+        self._fold()
         with self._mount.reading() as view:
             return usage.measure(view, path)
 
@@ -294,9 +344,9 @@ class FileSystem(Names):
 
     def check(self) -> "CheckReport":
         """Recount everything from the trees, while nobody changes them; return what does not agree."""
-        from onecopy.fs import check
+        from onecopy.fs import check_live
 
-        return check.check_mounted(self._mount)
+        return check_live.check_mounted(self._mount)
 
     # ------------------------------------------------------ host and pool
 
@@ -314,19 +364,33 @@ class FileSystem(Names):
 
     # ------------------------------------------------------------ mapping
 
-    def map(self, path: str, mode: str = "r") -> Mapping:
-        """Map a file into memory: one contiguous, read-only buffer over the pool's own pages, paid for once by all.
+    def map(self, path: str, mode: str = "r", *, reserve: bool = False, granule: int | None = None) -> Mapping:
+        """Map a file into memory: one contiguous buffer over the pool's own pages, paid for once by all.
 
-        It shows the file as it is now, also after later writes; what must not change while it lives is kept (pinned).
+        It is live: it shows what any process stores or writes. To have the file stand still, map a clone of it. With
+        mode "r+" it takes stores; one to a shared page gives the file `granule` pages of its own first (a power of two up to
+        512; None: as it suits). `reserve`: all pages at once, so that no store can fail for want of space: NoSpace now,
+        instead of a SIGBUS then. Behind the end of a file that is truncated, a touch is a SIGBUS.
         """
-        if mode != "r":
-            raise invalid(f"mode {mode!r}: a mapping is read-only, mode 'r'", path)
+        if mode not in ("r", "r+"):
+            raise invalid(f"mode {mode!r}: say 'r' or 'r+'", path)
+        if granule is not None and granule not in (1 << n for n in range(10)):
+            raise invalid(f"granule {granule}: a power of two from 1 to 512 pages", path)
+        if mode == "r+" and self.mode == "r":
+            raise ReadOnly("the pool is open for reading only: open it with mode 'r+'", path=self.path)
         if self.mode == "r+":
             with self._mount.reading() as view:
                 small = namei.file_at(view, path).content
             if small:  # give it a page of its own, which others can map, too
                 self._on_file(path, content.give_pages)
-        return self._mount.map(lambda view: namei.file_at(view, path), path)
+        mapping = self._mount.map(lambda view: namei.file_at(view, path), path, writable=mode == "r+", granule=granule or 0)
+        if reserve and mode == "r+":
+            try:
+                mapping.make_writable()
+            except BaseException:
+                mapping.close()
+                raise
+        return mapping
 
     def array(
         self,

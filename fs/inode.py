@@ -107,6 +107,12 @@ def load(view: View, subvolume: int, number: int) -> Inode:
     return _decode(view, subvolume, number, offset)
 
 
+def exists(view: View, subvolume: int, number: int) -> bool:
+    """Return whether there is an inode `number` in the subvolume."""
+    home = view.subvolume(subvolume)
+    return home is not None and INODES.find(view.words, home.root, number) >= 0
+
+
 def _decode(view: View, subvolume: int, number: int, offset: int) -> Inode:
     inode = Inode(subvolume, number, INODE.unpack_from(view.bytes, offset))
     if inode.size > MAX_SIZE or (inode.flags & INLINE_DATA and not inode.size == inode.inline_used <= INLINE):
@@ -121,12 +127,16 @@ def change(tx: Tx, subvolume: int, number: int) -> Inode:
     home.root, offset = INODES.own_value(tx, home.root, number)
     inode = _decode(tx, subvolume, number, offset)
     inode.place = (tx.inode_moves, offset)
+    if tx.changes is not None:
+        tx.changes.begin(tx, inode)
     return inode
 
 
 def save(tx: Tx, inode: Inode) -> None:
     """Write the record back, or for the first time."""
     moves, offset = inode.place
+    if tx.changes is not None:
+        tx.changes.saved(inode)
     if moves == tx.inode_moves:
         tx.bytes[offset : offset + INODE.size] = inode.pack()
         return
@@ -163,6 +173,8 @@ def remove(tx: Tx, inode: Inode) -> None:
     """Delete the record, which `change` returned, and let go of everything it refers to."""
     if inode.attributes:
         remove(tx, holder(change(tx, inode.subvolume, inode.attributes)))
+    if tx.changes is not None:
+        tx.changes.gone(tx, inode)
     root, runs = references(inode)
     counts.release(tx, runs)
     counts.drop(tx, ENTRIES if inode.is_directory else EXTENTS, root)

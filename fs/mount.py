@@ -4,38 +4,42 @@
 sync, when space ran out. Whoever gets the lock first finishes or undoes what a dead holder left (`_recover`).
 """
 
+import atexit
 import errno
-import itertools
 import os
 import weakref
-from collections import deque
 from collections.abc import Callable
 from typing import TypeVar
 
 import numpy as np
 
-from onecopy.blkcache.frames import DIRTY, FRESH, NODE, USED, Frames, Run, cut_runs
+from onecopy.blkcache.frames import DIRTY, FRESH, NODE, USED, Frames, reserve_of
 from onecopy.blkcache.limbo import INTENT_RECLAIM, Limbo
-from onecopy.blkcache.pins import Pins
+from onecopy.blkcache.spaces import Spaces
 from onecopy.daxemu import slots
+from onecopy.daxemu._fault import Engine
 from onecopy.daxemu.errors import NoSpace, OneCopyError, ReadOnly, RuntimeLost, posix
 from onecopy.daxemu.locks import RankedLock, reopen, try_mount
 from onecopy.daxemu.mapping import Mapping
-from onecopy.daxemu.persist import persistence_of
+from onecopy.daxemu.persist import Volatile, persistence_of
 from onecopy.daxemu.pool import Pool
-from onecopy.daxemu.runtime import PINS, W, attach, finish, open_lock, runtime_paths
+from onecopy.daxemu.runtime import W, attach, finish, open_lock, runtime_paths
 from onecopy.daxemu.slots import Slot
 from onecopy.daxemu.steps import reach
-from onecopy.fs import counts, extents, rebuild, superblock
+from onecopy.fs import counts, rebuild, superblock
 from onecopy.fs.format import SUPERBLOCK_PFNS
 from onecopy.fs.inode import Inode
+from onecopy.fs.mapped import Changes, Seen
+from onecopy.fs.maps import Maps
 from onecopy.fs.reading import ASTRAY, Reading, damage
-from onecopy.fs.tx import Tx, View
+from onecopy.fs.tx import Conflict, Tx, View
 
 T = TypeVar("T")
 
 INTENT_SYNC = 2
 _LIVE, _INTENT, _TAKEN, _HEAD = W["live_generation"], W["intent"], W["taken_generation"], W["limbo_head"]
+_LOG = W["log_count"]
+_CONFLICTS = 64  # attempts at a transaction that stores conflict with
 _RECLAIM_AT = 256  # entries in limbo at which a transaction reclaims first
 
 MOUNTS: "weakref.WeakSet[Mount]" = weakref.WeakSet()  # for fork
@@ -46,6 +50,7 @@ class Mount:
 
     def __init__(self, path: str, *, writable: bool) -> None:
         self.closed, self.pid = False, os.getpid()
+        self.lost = False  # in a child that could not become a user of the pool
         self._running = False  # within `run`, between the first change and the last
         self.pool = Pool(path, writable=writable)
         lock_fd = -1
@@ -70,27 +75,46 @@ class Mount:
             os.unlink(self.runtime.path)
             self.runtime, empty = attach(self.pool, self.lock)
         try:
-            self.frames = Frames(self.runtime, self.pool)
-            self.limbo = Limbo(self.frames)
-            self.pins = Pins(self.frames, self.limbo)
             if empty:
                 self._fill()
-            else:
-                self._recover()
-            self.pins.reap()
-            self.slot: Slot = slots.claim(self.runtime)
+            self._claim_slot()
         except BaseException:
             self.runtime.close()
             raise
+        self.seen = Seen(self.spaces)
+        self.maps = Maps(self)
         self.view = View(self.runtime, self.pool, self.runtime.atomic.load(_LIVE))
-        # Of each mapping, the runs it pins. Keys are never used again: one may still be waiting in `_dropped`.
-        self.mappings: dict[int, tuple[list[Run], list[int]]] = {}  # the runs, and their places in our pin list
-        self._free_places: list[int] = []
-        self._used_places = 0  # the list's length, free places included
-        self._keys = itertools.count()
-        self._dropped: deque[int] = deque()
+        self.view.seen = self.seen
         self.child_slot: Slot | None = None
         self.child_pool_fd = -1
+
+    def _claim_slot(self) -> None:
+        """Take a slot; where the dead have left none, as the janitor first."""
+        try:
+            self.slot: Slot = slots.claim(self.runtime)
+        except OneCopyError:
+            janitor = slots.claim(self.runtime, slots.JANITOR, slots.JANITOR + 1)
+            self._take_office(janitor)
+            self.engine.close()
+            janitor.release()
+            self.slot = slots.claim(self.runtime)
+        try:
+            self._take_office(self.slot)
+        except BaseException:
+            self.engine.close()
+            self.slot.release()
+            raise
+
+    def _take_office(self, slot: Slot) -> None:
+        """As the holder of `slot`: finish what the dead left, and reap them."""
+        runtime, pool = self.runtime, self.pool
+        offsets = runtime.layout.native()
+        self.engine = Engine(runtime.memory, pool.memory, runtime.fd, pool.fd, slot.index, reserve_of(pool), offsets)
+        self.frames = Frames(runtime, pool, self.engine)
+        self.limbo = Limbo(self.frames)
+        self.spaces = Spaces(self.frames, self.limbo, self.engine)
+        self.recover()
+        self.spaces.reap()
 
     def _fill(self) -> None:
         try:
@@ -117,27 +141,29 @@ class Mount:
 
     def settle(self) -> None:
         """Finish what the dead left and let go of ended mappings; the caller holds the lock."""
-        self._recover()
-        self.pins.reap()
-        if self._dropped:
-            self._unpin()
+        self.recover()
+        self.spaces.reap()
+        self.maps.strike()
 
     # -------------------------------------------------- reading, changing
 
-    def reading(self) -> Reading:
-        """Return a context manager that gives the live view."""
-        return Reading(self)
+    def reading(self, *, closing: bool = False) -> Reading:
+        """Return a context manager that gives the live view. `closing`: for a mapping that outlives its handle."""
+        return Reading(self, closing=closing)
 
-    def run(self, work: Callable[[Tx], T], *, reserve: bool = False) -> T:
+    def run(self, work: Callable[[Tx], T], *, reserve: bool = False, closing: bool = False) -> T:
         """Run `work(tx)` in a transaction and publish it; all or nothing. `work` may be called a second time.
 
-        `reserve`: it makes room, so it may use the frames kept for that. Raises ReadOnly, NoSpace, what `work` raises.
+        `reserve`: it makes room, so it may use the frames kept for that. `closing`: for a mapping that outlives its handle.
+        Raises ReadOnly, NoSpace, OneCopyError (EBUSY) when stores keep coming to what is to be moved, what `work` raises.
         """
-        self.check_open()
+        if not closing:
+            self.check_open()
         if not self.pool.writable:
             raise ReadOnly("the pool is open for reading only", path=self.pool.path)
         with self.lock:
-            for last in (False, True):
+            room, conflicts = False, 0
+            while True:
                 tx = self._begin(reserve=reserve)
                 pid = os.getpid()
                 try:
@@ -146,12 +172,23 @@ class Mount:
                     if os.getpid() != pid:
                         raise OneCopyError("a transaction begun before fork can't be finished by the child", code=errno.EPERM)
                     self.view = tx.commit()
+                    self.view.seen = self.seen
                     return result
                 except NoSpace:
                     self._abort()
-                    if last:
+                    if room:
                         raise
+                    room = True
                     self._make_room()
+                except Conflict as conflict:
+                    self._abort()
+                    conflicts += 1
+                    if conflicts == _CONFLICTS:
+                        raise OneCopyError(
+                            f"{conflicts} times stores through mappings came to the pages to be moved: "
+                            "let the processes that store there pause, and try again",
+                            path=self.pool.path, code=errno.EBUSY,
+                        ) from conflict  # fmt: skip
                 except BaseException as error:
                     if os.getpid() == pid:
                         self._abort()
@@ -160,35 +197,44 @@ class Mount:
                     raise
                 finally:
                     self._running = False
-        raise AssertionError("unreachable")
 
     def _begin(self, *, reserve: bool) -> Tx:
         reach("lock taken")
         words = self.runtime.words
         live = words[_LIVE]
-        if words[_INTENT] or words[_TAKEN] > live:
-            self._recover()
+        if words[_INTENT] or words[_LOG] or words[_TAKEN] > live:
+            self.recover()
         view = self.view
         if view.generation != live:
             view = self.view = View(self.runtime, self.pool, live)
-        if self._dropped:
-            self._unpin()
+            view.seen = self.seen
+        if self.maps.has_ended:
+            self.maps.strike()
         if view.limbo_tail - words[_HEAD] >= _RECLAIM_AT:
             self.limbo.reclaim(view.limbo_tail)
-        return Tx(self.view, self.runtime, self.pool, self.frames, self.limbo, reserve=reserve)
+        tx = Tx(self.view, self.runtime, self.pool, self.frames, self.limbo, reserve=reserve)
+        if self.spaces.any:
+            tx.changes = Changes(self.spaces)
+        return tx
 
     def _abort(self) -> None:
         """Undo, unless the exception came after the transaction had been published."""
+        if self.runtime.words[_LOG]:
+            self.engine.redo()  # forgets it: it has not been published
         self.frames.undo()
         self.view = View(self.runtime, self.pool, self.runtime.atomic.load(_LIVE))
+        self.view.seen = self.seen
 
-    def _recover(self) -> None:
+    def recover(self) -> None:
         """Finish or undo what a dead holder of the lock left. The caller holds it."""
         if self._running:
             raise OneCopyError(
                 "called within a transaction, by a signal handler or finalizer of its thread", code=errno.EDEADLK
             )
         words, intent = self.runtime.words, self.runtime.words[_INTENT]
+        if words[_LOG]:
+            self.engine.redo()
+        self.spaces.settle_chains()
         if intent == INTENT_RECLAIM:
             self.limbo.finish()
             self.frames.recount()
@@ -199,7 +245,7 @@ class Mount:
             self.frames.undo()
 
     def _make_room(self) -> None:
-        self.pins.reap()
+        self.spaces.reap()
         self._sync()
         self.limbo.reclaim(self.view.limbo_tail)
         self.frames.recount()
@@ -207,27 +253,51 @@ class Mount:
     # ------------------------------------------------------------- sync
 
     def sync(self) -> None:
-        """Make everything published durable. Nothing for a handle that only reads."""
+        """Make everything stored and published durable. Nothing for a handle that only reads."""
         self.check_open()
+        self.sync_mapped()
+
+    def sync_mapped(self) -> None:
+        """`sync`, also for a mapping that outlives its handle."""
         if not self.pool.writable:
             return
         with self.lock:
-            self._recover()
-            if self._dropped:
-                self._unpin()
+            self.recover()
+            self.maps.strike()
+            self.spaces.reap()
+            self.maps.fold()
+            self.spaces.end_unmapped()
+            self._sweep()
             self._sync()
+
+    def _sweep(self) -> None:
+        """Take back the frames that faults have taken and nobody names."""
+        if self.runtime.counter("strays"):
+            strays = self.spaces.strays()
+            if strays:
+                self.run(lambda tx: tx.take_back(strays), reserve=True, closing=True)
+            self.engine.count("strays", -self.runtime.counter("strays"))
 
     def _sync(self) -> None:
         runtime, pool, array = self.runtime, self.pool, self.frames.array
         generation = runtime.atomic.load(_LIVE)
         view = View(runtime, pool, generation)
+        # Stores go to private pages and leave no mark; where flushing does something, all of these are flushed.
+        marks = not self.spaces.any_entries or isinstance(pool.persistence, Volatile)
+        stored = [] if marks else self.spaces.private_runs()
         if generation == runtime.get("durable_generation") and runtime.get("intent") != INTENT_SYNC:
+            for first, pages in stored:
+                pool.persistence.flush(first, pages)
+            if stored:
+                pool.persistence.fence()
             return
         runtime.set("intent", INTENT_SYNC)
         reach("sync intended")
         for pfn in np.flatnonzero((array & (USED | NODE | FRESH)) == USED | NODE | FRESH).tolist():
             pool.words[pfn * 512 + 3] = rebuild.node_checksum(pool, pfn)
         reach("checksums set")
+        for first, pages in stored:
+            pool.persistence.flush(first, pages)
         dirty = (array & (USED | DIRTY)) == USED | DIRTY
         edges = np.flatnonzero(np.diff(dirty, prepend=False, append=False)).tolist()
         for first, end in zip(edges[::2], edges[1::2], strict=True):
@@ -247,109 +317,39 @@ class Mount:
         reach("flags cleaned")
         runtime.set("intent", 0)
         self.limbo.reclaim(view.limbo_tail)
-        self.frames.give_back()
+        self.frames.give_back(faults=bool(self.spaces.with_entries()))
 
     # ---------------------------------------------------------- mapping
 
-    def map(self, find: Callable[[View], Inode], path: str) -> Mapping:
-        """Map the file that `find` returns, as it is now, read-only; its frames are pinned until the mapping ends."""
+    def map(self, find: Callable[[View], Inode], path: str, *, writable: bool = False, granule: int = 0) -> Mapping:
+        """Map the file that `find` returns; see Maps.map."""
         self.check_open()
         with self.lock:
-            self._recover()
-            if self._dropped:
-                self._unpin()
-            view = View(self.runtime, self.pool, self.runtime.atomic.load(_LIVE))
-            inode = find(view)
-            if inode.content:
-                return self._map_content(inode, path)
-            pages = -(-inode.size // 4096)
-            found = extents.clip(extents.written(extents.load(view, inode, 0, pages)), 0, pages)
-            runs = [(page, pfn, count) for page, pfn, count, _ in found]
-            mapping = Mapping(inode.size, runs, path)
-            key = next(self._keys)
-            pinned = cut_runs([(pfn, pages) for _, pfn, pages in mapping.runs])
-            places = self._take_places(len(pinned))
-            self.mappings[key] = pinned, places
-            try:
-                self.pins.add(self.slot.index, pinned, places)
-                mapping.attach(self.pool, lambda _: self._ended(key))
-            except BaseException:
-                self._dropped.append(key)
-                self._unpin()
-                raise
-            return mapping
-
-    def _take_places(self, count: int) -> list[int]:
-        """Return free places of our pin list. OneCopyError (ENOMEM) when it has too few."""
-        free, used = self._free_places, self._used_places
-        if count > len(free) + PINS - used:
-            raise OneCopyError(f"{used - len(free) + count} mapped runs; a process can pin {PINS}", code=errno.ENOMEM)
-        self._used_places = max(used, used + count - len(free))
-        places = [free.pop() for _ in range(min(count, len(free)))]
-        return places + list(range(used, used + count - len(places)))
-
-    def _map_content(self, inode: Inode, path: str) -> Mapping:
-        """Content that lies in the inode has no frame: show a sealed page that holds a copy."""
-        with os.fdopen(os.memfd_create("onecopy-inline"), "r+b", buffering=0) as file:
-            file.truncate(4096)
-            file.write(inode.content or b"")
-            mapping = Mapping(inode.size, [], path)
-            mapping.map(file.fileno(), np.array([0, 0, 1], np.uint64).tobytes())
-        return mapping
-
-    def _ended(self, key: int) -> None:
-        """A mapping was closed or collected; in whatever thread, perhaps in the middle of something: never wait."""
-        self._dropped.append(key)
-        if self.pid == os.getpid() and self.lock.try_idle():
-            try:
-                self._recover()
-                self._unpin()
-            finally:
-                self.lock.release()
-
-    def _unpin(self) -> None:
-        """Take the ended mappings' runs off our list. The caller holds the lock, with no transaction begun."""
-        gone: list[Run] = []
-        free: list[int] = []
-        while self._dropped:
-            runs, places = self.mappings.pop(self._dropped.popleft(), ([], []))
-            gone += runs
-            free += places
-        self.pins.drop(self.slot.index, gone, free)
-        self._free_places += free
-        if self.closed and not self.mappings:
-            self._detach()
+            self.recover()
+            self.maps.strike()
+            return self.maps.map(find, path, writable=writable, granule=granule)
 
     # ------------------------------------------------------------- fork
 
     def prepare_child(self) -> None:
-        """Before a fork, with the lock: make the child's slot, with our pins."""
-        self.pins.reap()
-        slot = slots.claim(self.runtime)
-        try:
-            self.pins.copy(self.slot.index, slot.index)
-        except BaseException:
-            slot.release()
-            raise
-        self.child_slot = slot
+        """Before a fork, with the lock: make the child's slot; the fork makes it a mapper: before_fork in _shoot.c."""
+        self.spaces.reap()
+        self.child_slot = slots.claim(self.runtime)
         try:  # the mount lock, too, on a description of the child's own: the parent's is unlocked when the parent closes
             self.child_pool_fd = reopen(self.pool.fd, os.O_RDWR if self.pool.writable else os.O_RDONLY)
             try_mount(self.child_pool_fd, exclusive=False)
         except OSError:  # the process gave up the privileges that it opened the pool with
             self.child_pool_fd = -1
+        self.engine.expect_child(self.child_slot.index, self.child_slot.fd, self.child_pool_fd)
 
     def forget_child(self) -> None:
         """In the parent, after the fork: the child alone keeps what was made for it."""
-        if self.child_slot is not None:
-            os.close(self.child_slot.fd)
-            self.child_slot = None
-            if self.child_pool_fd >= 0:
-                os.close(self.child_pool_fd)
+        self.child_slot = None  # the descriptors were closed when the fork was done
 
     def become_child(self) -> None:
         """In the forked child: take over the slot made for us; give every lock a descriptor of its own.
 
-        Where that can't be, `pid` stays the parent's and the descriptors stay open: what is mapped stays pinned.
+        Where that can't be, `pid` stays the parent's and the descriptors stay open: what is mapped stays as it is.
         """
         slot, self.child_slot = self.child_slot, None
         if slot is None or self.child_pool_fd < 0:
@@ -366,6 +366,16 @@ class Mount:
         self.lock = RankedLock("transaction", lock_fd)
         slot.adopt()
         self.pid = os.getpid()
+        self.maps.become_child()
+
+    def lose(self) -> None:
+        """In a forked child that nobody prepared: the handle is closed, and what it had mapped is gone.
+
+        Nobody would tell us when a page moves: we would read other files' bytes, or store to what a clone has come to share.
+        """
+        self.closed = self.lost = True
+        if self.slot.fd >= 0:
+            self.engine.lose()
 
     # ---------------------------------------------------------- closing
 
@@ -378,25 +388,21 @@ class Mount:
         finally:
             with self.lock:
                 self.closed = True
-                if self._dropped:
-                    self._unpin()
-                elif not self.mappings:
-                    self._detach()
+                self.maps.let_go()
 
     def abandon(self) -> None:
         """Let go without a sync, for a handle that was forgotten; never waits."""
-        if not self.closed and self.lock.try_idle():
+        if not self.closed and self.pid == os.getpid() and self.lock.try_idle():
             try:
                 self.closed = True
-                if self._dropped:
-                    self._unpin()
-                elif not self.mappings:
-                    self._detach()
+                self.maps.let_go()
             finally:
                 self.lock.release()
 
-    def _detach(self) -> None:
+    def detach(self) -> None:
+        """Give up the slot and close the files: the handle is closed, its last mapping has ended. The lock is held."""
         if self.slot.fd >= 0:
+            self.engine.close()
             self.slot.release()
             self.slot.fd = -1
             MOUNTS.discard(self)
@@ -409,3 +415,19 @@ class Mount:
         fd, self.lock.fd = self.lock.fd, -1
         os.close(fd)
         self.pool.close()
+
+
+def _at_exit() -> None:
+    """Fold what was stored through handles that nobody closed: a process that ends in order leaves nothing to others."""
+    for mount in list(MOUNTS):
+        if mount.pid == os.getpid() and mount.slot.fd >= 0 and mount.pool.writable and mount.lock.try_idle():
+            try:
+                mount.recover()
+                mount.maps.fold()
+            except OSError:
+                pass
+            finally:
+                mount.lock.release()
+
+
+atexit.register(_at_exit)

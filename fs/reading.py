@@ -21,14 +21,15 @@ ASTRAY = (IndexError, OverflowError, struct.error)
 class Reading:
     """Context manager around a lock-free read: frames of its view stay as they are until it ends."""
 
-    __slots__ = ("_mount", "_slot", "_word")
+    __slots__ = ("_closing", "_mount", "_slot", "_word")
 
-    def __init__(self, mount: "Mount") -> None:
-        self._mount = mount
+    def __init__(self, mount: "Mount", *, closing: bool = False) -> None:
+        self._mount, self._closing = mount, closing
 
     def __enter__(self) -> View:
         mount = self._mount
-        mount.check_open()
+        if not self._closing or mount.lost:
+            mount.check_open()
         self._slot = slot = mount.slot
         self._word, generation = slot.announce()
         try:
@@ -37,6 +38,7 @@ class Reading:
                 # The live root's slot is overwritten two generations later. We read it and then see that not even one
                 # has been published since `announce` looked, so the fields belong together.
                 view = View(mount.runtime, mount.pool, generation)
+                view.seen = mount.seen
                 if mount.runtime.atomic.load(_LIVE) == generation:
                     mount.view = view
                     break

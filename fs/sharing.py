@@ -16,7 +16,7 @@ from onecopy.daxemu.units import PAGE, WORDS, pages_of
 from onecopy.fs import content, counts, extents
 from onecopy.fs import directory as directories
 from onecopy.fs import inode as inodes
-from onecopy.fs.btree import INODES
+from onecopy.fs.btree import INODES, MAX_KEY
 from onecopy.fs.directory import DIRECTORY, FILE, SUBVOLUME
 from onecopy.fs.format import INLINE_EXTENTS, ROOT_INODE
 from onecopy.fs.inode import Inode
@@ -29,6 +29,9 @@ _FEW = 16  # pages: with no more than that, a clone shares extents that lie in t
 
 def clone_inode(tx: Tx, source: Inode, subvolume: int, parent: int = 0) -> Inode:
     """Make an inode in `subvolume` that shares all content of `source`, a file or symbolic link; O(1)."""
+    if tx.changes is not None and tx.changes.pages(source):
+        source = inodes.change(tx, source.subvolume, source.number)
+        tx.changes.freeze(tx, source, 0, MAX_KEY)
     if source.flags & INLINE_EXTENTS:
         if source.pages <= _FEW:
             counts.add_runs(tx, inodes.references(source)[1], 1)
@@ -68,6 +71,9 @@ def clone_range(tx: Tx, source: Inode, source_offset: int, target: Inode, target
     content.to_pages(tx, source)
     content.to_pages(tx, target)
     low, pages, by = source_offset // PAGE, pages_of(length), (target_offset - source_offset) // PAGE
+    if tx.changes is not None:
+        tx.changes.freeze(tx, source, low, low + pages)
+    content.clear_tail(tx, target, target_offset)
     extents.own(tx, source, low, low + pages)
     shared = extents.written(extents.clip(extents.load(tx, source, low, low + pages), low, low + pages))
     counts.add_runs(tx, [(pfn, count) for _, pfn, count, _ in shared], 1)
@@ -120,6 +126,9 @@ def share_pages(tx: Tx, source: Inode, page: int, target: Inode, target_page: in
 
     Whole pages are compared, the zeros beyond a file's end included. Saves both inodes.
     """
+    if tx.changes is not None:  # what is compared now must be what is shared then
+        tx.changes.freeze(tx, source, page, page + pages)
+        tx.changes.keep(tx, target, target_page, target_page + pages)
     here = _page_map(tx, source, page, page + pages)
     there = _page_map(tx, target, target_page, target_page + pages)
     differing = np.flatnonzero(here != there)
@@ -201,6 +210,9 @@ def snapshot(tx: Tx, source: Place, place: Place) -> Subvolume:
     origin = tx.subvolume(source.subvolume)
     if source.number != ROOT_INODE or origin is None:
         raise invalid("only a subvolume can be snapshotted; 'clone -r' copies any directory tree", source.path)
+    if tx.changes is not None:
+        tx.changes.freeze_subvolume(tx, origin.id)
+        origin = tx.subvolume(origin.id) or origin
     new = _new_subvolume(tx, place)
     new.root, new.next_inode, new.inodes, new.origin = origin.root, origin.next_inode, origin.inodes, origin.id
     counts.add(tx, origin.root, 1, 1)
@@ -219,6 +231,9 @@ def delete_subvolume(tx: Tx, place: Place) -> None:
     gone = tx.subvolume(place.subvolume)
     if gone is None:
         raise posix(errno.ENOENT, place.path)
+    if tx.changes is not None:
+        tx.changes.gone_subvolume(tx, gone.id)
+        gone = tx.subvolume(gone.id) or gone
     counts.drop(tx, INODES, gone.root)
     tx.remove_subvolume(gone.id)
     directories.remove(tx, parent_of(tx, place), place.name)

@@ -6,6 +6,7 @@ the next holder of the lock undoes everything; after it, everything has happened
 """
 
 import struct
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -21,9 +22,17 @@ from onecopy.fs import counts
 from onecopy.fs.btree import ROOTS, Tree
 from onecopy.fs.format import LIVE_ROOT, SUBVOLUME
 
+if TYPE_CHECKING:
+    from onecopy.fs.mapped import Changes, Seen
+
 _LIVE = W["live_generation"]
 _SLOTS = (W["live_root_0"] * 8, W["live_root_1"] * 8)
 _MAX_NAMES = 1 << 16
+
+
+class Conflict(Exception):
+    """Stores came to pages of a mapped file that a transaction was moving: it has not happened, and may be tried again."""
+
 
 Name = tuple[int, int, bytes]  # (subvolume, directory's inode number, name)
 
@@ -73,6 +82,8 @@ class Subvolume:
 class View:
     """One generation of the trees. What is looked up is remembered; a view is dropped with its generation."""
 
+    seen: "Seen | None" = None  # a reader's: what mapped files hold is newer than the trees say
+
     def __init__(self, runtime: Runtime, pool: Pool, generation: int) -> None:
         self.generation = generation
         self.words, self.bytes = pool.words, pool.bytes
@@ -106,6 +117,8 @@ class View:
 class Tx(View):
     """The next generation. The caller holds the transaction lock from before the first call until after the last."""
 
+    changes: "Changes | None" = None  # what it does to mapped files, when there are any
+
     def __init__(self, view: View, runtime: Runtime, pool: Pool, frames: Frames, limbo: Limbo, *, reserve: bool) -> None:
         # Not View.__init__: a transaction starts from what its view already knows.
         self.generation = view.generation + 1
@@ -133,12 +146,13 @@ class Tx(View):
         words[base + 1], words[base + 2], words[base + 3] = pfn, self.generation, 0
         return pfn
 
-    def own(self, tree: Tree, pfn: int) -> int:
+    def own(self, tree: Tree, pfn: int, later: tuple[list[tuple[int, int]], list[int]] | None = None) -> int:
         """Return the PFN of a node that this transaction may change: `pfn` itself, or its copy.
 
         A node with several references is copied for one of them: it loses that reference, and everything below it gains
         one, now being reachable from two nodes. A node that was shared until lately hands its hint down instead: the
-        durable root may still name it twice, and `extents.pieces` must see that below the copy, too.
+        durable root may still name it twice, and `extents.pieces` must see that below the copy, too. `later`: lists of
+        what is to be handed down by the caller, see `own_all`.
         """
         words, base = self.words, pfn << 9
         try:
@@ -156,13 +170,24 @@ class Tx(View):
         words[copy], words[copy + 1] = words[base], mine
         words[copy + 3 : copy + 512] = words[base + 3 : base + 512]
         reach("node copied")
-        if shared:
+        if shared and later:
+            later[0].append((pfn, mine))
+        elif shared:
             counts.add(self, pfn, 1, -1)
             counts.share_children(self, tree, copy)
         else:
-            if hint:
+            if hint and later:
+                later[1].append(mine)
+            elif hint:
                 counts.hint_children(self, tree, copy)
             self.freed.append((pfn, 1))
+        return mine
+
+    def own_all(self, tree: Tree, pfns: list[int]) -> list[int]:
+        """`own` different nodes of one level of an extent or counts tree, handing down counts and hints of all at once."""
+        later = list[tuple[int, int]](), list[int]()
+        mine = [self.own(tree, pfn, later) for pfn in pfns]
+        counts.share_many(self, tree, *later)
         return mine
 
     def free_node(self, pfn: int) -> None:
@@ -182,6 +207,11 @@ class Tx(View):
         Only then can nothing fail any more, and a failure before leaves every byte as it was. `data` must stay as it is.
         """
         self.in_place.append((pfn, data, offset))
+
+    def take_back(self, strays: list[Run]) -> None:
+        """Free frames that write faults have taken and nothing names; through limbo, as readers may be looking at them."""
+        self.frames.adopt(strays)
+        self.freed += strays
 
     # -------------------------------------------------------- subvolumes
 
@@ -225,8 +255,13 @@ class Tx(View):
         fields = (self.roots, self.counts, self.next_subvolume, self.limbo_tail, b"")
         LIVE_ROOT.pack_into(self.runtime.bytes, _SLOTS[self.generation & 1], *fields)
         reach("live root written")
-        self.runtime.atomic.store(_LIVE, self.generation)
+        if self.changes is None or not self.changes.write_log(self):
+            self.runtime.atomic.store(_LIVE, self.generation)
+        elif self.changes.engine.commit(self.generation) >= 0:  # publishes, and changes the entries
+            raise Conflict
         reach("published")
+        if self.changes is not None:
+            self.changes.published()
         view = View(self.runtime, self.pool, self.generation)
         view.subvolumes = self.subvolumes
         if len(self.names) < _MAX_NAMES:  # else the next view starts a dictionary of its own

@@ -127,7 +127,7 @@ def file_extents(view: View, inode: Inode) -> list[Extent]:
     high = pages_of(inode.size)
     have = extents.load(view, inode)
     shared = any((view.array[pfn : pfn + pages] & SHARED).any() for _, pfn, pages, _ in have)
-    places = References(view).places if shared or _path_may_share(view, inode) else None
+    places = References(view).places if shared or extents.path_may_share(view, inode) else None
     found = []
     for first, last in extents.holes(have, 0, max(high, 0)) if high else []:
         if inode.content is None:
@@ -142,30 +142,6 @@ def file_extents(view: View, inode: Inode) -> list[Extent]:
         for a, b in pairwise(cuts):
             found.append(Extent(page + a, pfn + a, b - a, int(run[a]), state))
     return sorted(found, key=lambda e: e.file_page)
-
-
-def _path_may_share(view: View, inode: Inode) -> bool:
-    """Return False when surely no node between the superblock and the file's extents has two references."""
-    home = view.subvolume(inode.subvolume)
-    stack = [(INODES, home.root)] if home is not None else []
-    base = 0
-    while stack:
-        tree, pfn = stack.pop()
-        if view.table[pfn] & SHARED:
-            return True
-        base = tree.enter(view.words, pfn)
-        children = tree.children(view.words, base)
-        if children:
-            keys = view.words[base + 4 : base + 4 + len(children)].tolist()
-            at = max((n for n, key in enumerate(keys) if key <= inode.number), default=0)
-            stack.append((tree, children[at]))
-    nodes = [inode.root] if inode.root else []
-    while nodes:
-        pfn = nodes.pop()
-        if view.table[pfn] & SHARED:
-            return True
-        nodes += EXTENTS.children(view.words, EXTENTS.enter(view.words, pfn))
-    return False
 
 
 def measure(view: View, path: str) -> Usage:

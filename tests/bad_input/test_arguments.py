@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import onecopy
+from onecopy.daxemu.units import pages_of
 
 PAGE = onecopy.PAGE
 
@@ -308,14 +309,12 @@ def test_damaged_npy_headers(pool, content, fails):
     assert pool.array("/damaged.npy", dtype=np.uint8).tobytes() == content
 
 
-def test_a_mapping_can_not_be_written_or_sent_elsewhere(furnished):
-    import pickle
-
+def test_what_is_mapped_for_reading_can_not_be_written(furnished):
     with furnished.map("/file") as mapping:
         with pytest.raises(TypeError):
             memoryview(mapping)[0] = 1
-        with pytest.raises(TypeError, match="map the file again"):
-            pickle.dumps(mapping)
+        with pytest.raises(onecopy.ReadOnly):
+            mapping[0] = 1
         array = np.frombuffer(mapping, np.uint8)
         with pytest.raises(ValueError, match="read-only"):
             array[0] = 1
@@ -324,17 +323,64 @@ def test_a_mapping_can_not_be_written_or_sent_elsewhere(furnished):
         del array
 
 
+def test_a_handle_for_reading_maps_for_reading(furnished):
+    with onecopy.open(furnished.path, "r") as reading:
+        for call in (reading.map, reading.array):
+            with pytest.raises(onecopy.ReadOnly):
+                call("/file", mode="r+")
+        with reading.map("/file") as mapping:
+            furnished.write("/file", b"live")
+            assert mapping[:4] == b"live"
+
+
+@pytest.mark.parametrize("mode", ["r", "r+"])
+def test_a_mapping_that_is_sent_elsewhere_is_mapped_there(furnished, mode):
+    """By inode: the file may have another name by then; or none, and that is said."""
+    import pickle
+
+    furnished.write("/sent", b"s" * 2 * PAGE)
+    with furnished.map("/sent", mode) as mapping:
+        sent = pickle.dumps(mapping)
+        furnished.rename("/sent", "/renamed")
+        with pickle.loads(sent) as other:
+            assert other[:] == b"s" * 2 * PAGE and other.writable == (mode == "r+")
+            furnished.write("/renamed", b"live")
+            assert other[:5] == mapping[:5] == b"lives"
+            if mode == "r+":
+                other[0] = ord("L")
+                assert mapping[:5] == furnished.read("/renamed", 0, 5) == b"Lives"
+        furnished.unlink("/renamed")
+        with pytest.raises(OSError, match="deleted before its mapping was unpickled") as caught:
+            pickle.loads(sent)
+        assert caught.value.errno == errno.ESTALE
+    with pytest.raises(TypeError, match="closed"):
+        pickle.dumps(mapping)
+
+
 # ------------------------------------------- what is mapped outlives its file (S5)
 
 
-@pytest.mark.parametrize("gone", ["unlink", "truncate", "punch", "rename over", "rewrite", "collapse", "rmtree"])
-def test_a_mapping_keeps_its_bytes_while_the_space_would_be_used_again(pool, gone):
+GONE = {
+    "unlink": (),
+    "truncate": (0,),
+    "punch": (0, 200 * PAGE),
+    "rewrite": (bytes(200 * PAGE),),
+    "collapse": (0, 199 * PAGE),
+    "rename over": (),
+    "rmtree": (),
+}
+
+
+@pytest.mark.parametrize("mode", ["r", "r+"])
+@pytest.mark.parametrize("gone", GONE)
+def test_a_mapping_shows_its_file_while_the_space_would_be_used_again(pool, gone, mode):
+    """Of a deleted file what it was; of others what they are: never what is written where its pages were."""
     pages = 200
     data = np.random.default_rng(5).bytes(pages * PAGE)
     pool.mkdir("/dir")
     pool.write("/dir/file", data)
     free = _free(pool)
-    mapping = pool.map("/dir/file")
+    mapping = pool.map("/dir/file", mode)
     if gone == "rmtree":
         pool.rmtree("/dir")
         pool.mkdir("/dir")
@@ -342,23 +388,51 @@ def test_a_mapping_keeps_its_bytes_while_the_space_would_be_used_again(pool, gon
         pool.write("/dir/other", b"short")
         pool.rename("/dir/other", "/dir/file")
     else:
-        arguments = {"truncate": (0,), "punch": (0, pages * PAGE), "rewrite": (bytes(pages * PAGE),), "unlink": (),
-                     "collapse": (0, (pages - 1) * PAGE)}[gone]  # fmt: skip
-        getattr(pool, "write" if gone == "rewrite" else gone)("/dir/file", *arguments)
+        getattr(pool, "write" if gone == "rewrite" else gone)("/dir/file", *GONE[gone])
     pool.sync()
     for number in range(40):  # far more than there is: everything that is free is used again
         try:
-            pool.write("/filler", bytes([number]) * (512 * PAGE), number * 512 * PAGE)
+            pool.write("/filler", bytes([number + 1]) * (512 * PAGE), number * 512 * PAGE)
         except onecopy.NoSpace:
             break
     else:
         pytest.fail("the pool did not run full")
-    assert mapping[:] == data
-    assert not set(mapping.pfns.tolist()) & {e.pfn + n for e in pool.extents("/filler") for n in range(e.pages)}
+    if gone in ("truncate", "collapse"):
+        kept = pages_of(pool.stat("/dir/file").st_size)
+        assert mapping[: kept * PAGE] == data[(pages - kept) * PAGE :]
+        for place in (kept * PAGE, -1):
+            with pytest.raises(OSError, match="cut off") as caught:
+                mapping[place]
+            assert caught.value.errno == errno.ENXIO
+    else:
+        assert mapping[:] == (bytes(pages * PAGE) if gone in ("punch", "rewrite") else data)
+    pfns = set(mapping.pfns.tolist()) - {0}
+    assert len(pfns) == {"truncate": 0, "punch": 0, "collapse": 1}.get(gone, pages)
+    assert not pfns & {e.pfn + n for e in pool.extents("/filler") for n in range(e.pages)}
     pool.unlink("/filler")
     mapping.close()
     if gone != "rewrite":
         assert _free(pool) >= free + pages - 1
+
+
+@pytest.mark.parametrize("mode", ["r", "r+"])
+def test_a_mapping_goes_on_when_its_handle_is_closed(furnished, mode):
+    """It is as live as before, it can still be stored to, and it knows its pages."""
+    other = onecopy.open(furnished.path)
+    with other.map("/file", mode) as mapping:
+        other.close()
+        furnished.write("/file", b"live")
+        assert mapping[:5] == b"livex" and mapping[0] == ord("l")
+        assert mapping.pfns.tolist() == [e.pfn + n for e in furnished.extents("/file") for n in range(e.pages)]
+        if mode == "r+":
+            mapping[PAGE] = 7
+            mapping.sync()
+            assert furnished.read("/file", PAGE, 2) == b"\7x"
+        furnished.truncate("/file", PAGE)
+        with pytest.raises(OSError, match="cut off") as caught:
+            mapping[PAGE]
+        assert caught.value.errno == errno.ENXIO and mapping[:4] == b"live"
+    assert len(furnished.info().users) == 1
 
 
 def test_a_mapping_outlives_its_handle(furnished):

@@ -64,7 +64,7 @@ def check(row):
 
 
 def test_every_file_is_on_the_list():
-    assert {path.stem for path in FOLDER.glob("*.py")} == {*NAMES, "harness", "__init__"}
+    assert {path.stem for path in FOLDER.glob("*.py")} == {*NAMES, "harness", "workers", "__init__"}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -89,7 +89,7 @@ def test_a_name_that_is_none_of_them():
 
 
 def test_the_quick_ones_as_json():
-    names = ["clone", "snapshot", "put", "memory"]
+    names = ["clone", "snapshot", "put", "memory", "stores", "first_store"]
     out, err = finish(start(*PROGRAM, *names, "--quick", "--json"))
     assert err == ""  # progress is for terminals
     found = json.loads(out)
@@ -108,7 +108,9 @@ def test_as_a_table():
     assert "the same for each VMA" in out and "reported" in out
 
 
-@pytest.mark.parametrize("name", ["clone_fragmented", "directory", "open_pool", "dedupe"])
+@pytest.mark.parametrize(
+    "name", ["clone_fragmented", "directory", "open_pool", "dedupe", "private_store", "shootdown", "parallel_stores"]
+)
 def test_each_file_runs_alone(name):
     out, err = finish(start(sys.executable, str(FOLDER.resolve() / f"{name}.py"), "--quick", "--json"))
     assert err == ""
@@ -124,7 +126,7 @@ def test_alone_as_text():
     assert "us for each VMA" not in out and "the same for each VMA" in out
 
 
-@pytest.mark.parametrize("name", ["memory", "dedupe"])
+@pytest.mark.parametrize("name", ["memory", "dedupe", "shootdown"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_nothing_is_left_when_interrupted(name, number):
     process = start(*PROGRAM, name)
@@ -137,10 +139,10 @@ def test_nothing_is_left_when_interrupted(name, number):
 
 
 def test_what_this_machine_cannot_do_is_skipped(monkeypatch):
-    from onecopy.benchmarks import dedupe, snapshot
+    from onecopy.benchmarks import dedupe, snapshot, stores
 
     monkeypatch.setattr(harness, "program", lambda name: None)
-    rows = snapshot.measure(quick=True)
+    rows = snapshot.measure(quick=True) + stores.measure(quick=True)
     assert all(row.ours for row in rows)
     assert all(row.against is None and "not installed" in row.skipped for row in rows)
     monkeypatch.setattr(harness, "available_memory", lambda: 0)

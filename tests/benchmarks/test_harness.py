@@ -1,12 +1,15 @@
 """What the figures rest on: the order of runs, ratios and aims, and places that are gone afterwards."""
 
+import multiprocessing
 import os
+from operator import methodcaller
 from pathlib import Path
 
 import pytest
 
 from onecopy.benchmarks import harness
 from onecopy.benchmarks.harness import MiB, Reach
+from onecopy.benchmarks.workers import ask, workers
 
 
 def test_runs_alternate_and_both_orders_come_up():
@@ -89,3 +92,15 @@ def test_a_kernel_file_system_is_gone_after_an_error():
         raise ZeroDivisionError
     assert not xfs.root.parent.exists()
     assert str(xfs.root) not in Path("/proc/self/mounts").read_text()
+
+
+def test_workers_answer_and_end():
+    with workers(methodcaller("send", "done"), [(), ()]) as pipes:
+        assert [pipe.recv() for pipe in pipes] == ["done", "done"]
+    assert multiprocessing.active_children() == []
+
+
+def test_a_worker_that_ends_early_is_an_error():
+    with pytest.raises(ChildProcessError, match="ended early"), workers(methodcaller("close"), [(), ()]) as pipes:
+        ask(pipes, "do")
+    assert multiprocessing.active_children() == []

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import onecopy
 from onecopy.blkcache import frames
-from onecopy.blkcache.frames import BACKED, DIRTY, FRESH, MAX_RUN, NODE, USED, cut_runs, free_runs, pack_run, unpack_run
+from onecopy.blkcache.frames import BACKED, DIRTY, FRESH, HELD, MAX_RUN, NODE, USED, cut_runs, free_runs, pack_run, unpack_run
 from onecopy.daxemu.units import HUGE, PAGE
 
 RUN = st.tuples(st.integers(0, (1 << 40) - 1), st.integers(1, MAX_RUN))
@@ -194,6 +194,24 @@ def test_what_the_dead_took_comes_back(mount):
         states = mount.frames.array.copy()
         mount.frames.undo()
     assert (mount.frames.array == states).all()
+
+
+def test_undo_does_not_touch_what_a_fault_took(mount):
+    """Of a run that the dead had logged, and not taken yet, a write fault may have taken a part since."""
+    before = used(mount)
+    with mount.lock:
+        tx = mount._begin(reserve=False)
+        ((pfn, _),) = tx.frames.take_data(6)
+        mount.frames.array[pfn : pfn + 6] = 0  # it had not come to that
+        assert mount.engine.claim(pfn + 2, 3, HELD)
+        mount.engine.count("held", 3)
+        mount.frames.undo()
+        assert used(mount) == before | {pfn + 2, pfn + 3, pfn + 4}
+        assert mount.frames.held().tolist() == [pfn + 2, pfn + 3, pfn + 4] and mount.runtime.counter("held") == 3
+        mount.engine.count("strays", 1)
+    mount.sync()
+    assert used(mount) == before and mount.runtime.counter("held") == 0
+    assert_counted(mount)
 
 
 def test_undo_does_not_touch_what_was_published(mount):

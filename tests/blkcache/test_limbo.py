@@ -1,8 +1,9 @@
 """Limbo: a freed frame is handed out again only when no reader, no mapping and no durable root can reach it (S5)."""
 
+import numpy as np
 import pytest
 
-from onecopy.blkcache.frames import LIMBO, MAX_RUN, USED
+from onecopy.blkcache.frames import LIMBO, MAX_RUN, PINNED, USED
 from onecopy.blkcache.limbo import INTENT_RECLAIM
 
 from .test_frames import assert_counted, expand, take, used
@@ -87,33 +88,50 @@ def test_every_reader_gets_what_it_needs(mount):
     assert used(mount) == before - set(expand(runs))
 
 
+def pin(mount, runs) -> None:
+    mount.frames.array[expand(runs)] |= np.uint8(PINNED)
+
+
 def test_what_is_pinned_waits_for_its_mapping(mount, runs):
     before = used(mount)
-    with mount.lock:
-        some = [(runs[4][0] + 1, 2), runs[0]]
-        mount.pins.add(mount.slot.index, some, [0, 1])
+    some = [(runs[4][0] + 1, 2), runs[0]]
+    pin(mount, some)
     free(mount, *runs)
     mount.sync()
     pinned = {runs[4][0] + 1, runs[4][0] + 2, runs[0][0]}
     assert used(mount) == before - set(expand(runs)) | pinned and waiting(mount) == 3
     with mount.lock:
-        mount.pins.drop(mount.slot.index, some, [0, 1])
+        mount.spaces.settle_pins()  # no orphan names them
     assert used(mount) == before - set(expand(runs)) and waiting(mount) == 0
     assert_counted(mount)
 
 
 def test_what_is_durable_and_pinned_waits_for_both(mount, runs):
     mount.sync()
-    with mount.lock:
-        mount.pins.add(mount.slot.index, runs, list(range(len(runs))))
+    pin(mount, runs)
     free(mount, *runs)
     with mount.lock:
-        mount.pins.drop(mount.slot.index, runs, list(range(len(runs))))
-        mount.pins.settle()
+        mount.spaces.settle_pins()
     assert waiting(mount) == 15, "unpinned first, durable still"
     assert all(mount.frames.array[pfn] & (USED | LIMBO) == USED | LIMBO for pfn in expand(runs))
     mount.sync()
     assert waiting(mount) == 0
+
+
+@pytest.mark.parametrize("low", [0, 1, 3])
+@pytest.mark.parametrize("high", [3, 4, 5])
+def test_only_a_part_is_settled(mount, low, high):
+    """Of five frames in a row, all pinned and freed, [low, high) are unpinned."""
+    ((run,),) = take(mount, 5)
+    before = used(mount)
+    pin(mount, [run])
+    free(mount, run)
+    with mount.lock:
+        mount.spaces.settle_pins(run[0] + low, run[0] + high)
+    assert before - used(mount) == set(range(run[0] + low, run[0] + high)) and waiting(mount) == 5 - max(0, high - low)
+    with mount.lock:
+        mount.spaces.settle_pins()
+    assert_counted(mount)
 
 
 def test_the_ring_goes_round(mount):
@@ -164,7 +182,7 @@ def test_what_a_dead_process_decided_to_reclaim_is_reclaimed(mount, runs, done):
         mount.runtime.set("intent", INTENT_RECLAIM)
         for run in runs[:done]:
             mount.frames.release(*run)
-        mount._recover()
+        mount.recover()
         assert mount.runtime.get("intent") == 0 and mount.runtime.get("limbo_head") == tail
     assert used(mount) == before - set(expand(runs))
     assert_counted(mount)

@@ -1,14 +1,20 @@
-"""The C types: atomic words and regions of mapped pages."""
+"""The C types: atomic words and regions of mapped pages; that C and Python mean the same records, numbers and bits."""
 
 import mmap
 import os
+import re
 from array import array
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from onecopy.daxemu._fault import Region, Words
+from onecopy.blkcache import frames, spaces
+from onecopy.daxemu import runtime, units
+from onecopy.daxemu._fault import Region, Words, sizes
 from onecopy.daxemu.units import PAGE
+
+HEADER = (Path(__file__).parents[2] / "daxemu" / "_fault.h").read_text(encoding="utf-8")
 
 
 def runs(*triples: tuple[int, int, int]) -> bytes:
@@ -182,3 +188,80 @@ def test_a_trailing_part_of_a_run_is_not_read():
     region = Region(PAGE)
     region.map(-1, array("Q", [0, 0]).tobytes())
     region.unmap()
+
+
+# ------------------------------------------------------- what both declare
+
+
+RECORDS = {
+    "space": runtime.SPACE,
+    "record": runtime.MESSAGE,
+    "bell": runtime.BELL,
+    "run": runtime.RUN,
+    "counters": runtime.COUNTERS,
+}
+NUMBERS = {
+    "PAGE": PAGE,
+    "SLOTS": runtime.SLOTS,
+    "RECORDS": runtime.MESSAGES,
+    "SPACES": runtime.SPACES,
+    "LOCKS": runtime.LOCKS,
+    "WINDOW": runtime.WINDOW,
+    "MAX_PAGES": runtime.MAX_PAGES,
+    "PFN_MASK": spaces.PFN_MASK,
+    "PRIVATE": spaces.PRIVATE,
+    "DIRTY": spaces.STORED,
+    "BEYOND": spaces.BEYOND,
+    "KEEP": spaces.KEEP,
+    "ZERO": spaces.ZERO,
+    "FOLD": spaces.FOLD,
+    "HAND": spaces.HAND,
+    "USED": frames.USED,
+    "BACKED": frames.BACKED,
+    "HELD": frames.USED | frames.FRESH | frames.DIRTY | frames.BACKED,
+}
+
+
+def defined(name: str) -> int:
+    """Return a number that the header defines."""
+    (text,) = re.findall(rf"^#define {name} (.+?)(?:/\*.*)?$", HEADER, re.MULTILINE)
+    return eval(re.sub(r"(?<=\d)(ull|u)\b", "", text))
+
+
+def declared(struct: str) -> list[tuple[str, int]]:
+    """Return the fields of a struct of the header, with the bytes each takes."""
+    (body,) = re.findall(rf"^struct {struct} {{(.*?)^}};", HEADER, re.MULTILINE | re.DOTALL)
+    body = re.sub(r"/\*.*?\*/", "", body, flags=re.DOTALL)
+    found = []
+    for bits, names in re.findall(r"u?int(\d+)_t ([^;]+);", body):
+        for name, count in re.findall(r"(\w+)(?:\[([^\]]+)\])?(?:,|$)", names):
+            many = eval(re.sub(r"\b[A-Z]+\b", lambda word: str(defined(word[0])), count).replace("/", "//")) if count else 1
+            found.append((name, int(bits) // 8 * many))
+    return found
+
+
+def test_records_are_as_large_here_as_there():
+    assert sizes() == tuple(record.size for record in RECORDS.values())
+
+
+@pytest.mark.parametrize("struct", RECORDS)
+def test_records_have_the_same_fields_in_the_same_places(struct):
+    offset, found = 0, {}
+    for name, size in declared(struct):
+        if not name.startswith("unused"):
+            found[name] = offset
+        offset += size
+    record = RECORDS[struct]
+    assert offset == record.size
+    assert found == {name: at for name, at in record.offset.items() if not name.startswith("unused")}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_are_the_same(name):
+    assert defined(name) == NUMBERS[name]
+
+
+def test_a_window_has_a_lock_word_for_every_block():
+    assert defined("LOCKS") // 8 * defined("BLOCK") == runtime.MAX_PAGES
+    assert runtime.LOCKS + runtime.MAX_PAGES * 8 <= runtime.WINDOW
+    assert defined("BLOCK") == units.HUGE

@@ -160,7 +160,8 @@ def test_a_full_dev_shm_is_nospace(small, paths, user, monkeypatch):
 
 def test_areas_follow_each_other_and_grow_on_demand(small, user):
     layout, shared = Layout(1024), user._mount.runtime
-    edges = [layout.slots, layout.readers, layout.table, layout.limbo, layout.taken, layout.pins, layout.size]
+    areas = "slots readers counters table limbo taken log messages bells buckets spaces windows size"
+    edges = [getattr(layout, area) for area in areas.split()]
     assert edges == sorted(edges) and all(edge % PAGE == 0 for edge in edges)
     assert layout.slots >= HEADER.size + STATE.size
     assert HEADER.unpack(shared.bytes)["magic"] == MAGIC
@@ -176,7 +177,7 @@ def test_areas_follow_each_other_and_grow_on_demand(small, user):
 
 def test_a_new_one_announces_no_reader(small, user):
     shared = user._mount.runtime
-    words = np.frombuffer(shared.bytes[shared.layout.readers : shared.layout.table], np.uint64)
+    words = np.frombuffer(shared.bytes[shared.layout.readers : shared.layout.counters], np.uint64)
     assert len(words) == SLOTS * runtime.READERS and (words == (1 << 64) - 1).all()
 
 

@@ -20,10 +20,11 @@ def blocks(language: str) -> list[str]:
 
 
 def test_python_blocks_run(new_path: Callable[[], str], tmp_path: Path) -> None:
-    found = blocks("python")
+    """One after the other: the later go on with the pool that the first one made."""
+    found, path = blocks("python"), new_path()
     assert found
     for code in found:
-        script = code.replace("/dev/shm/p.pool", new_path())
+        script = code.replace("/dev/shm/p.pool", path)
         done = subprocess.run(
             [sys.executable, "-W", "error", "-c", script], check=False, cwd=tmp_path, capture_output=True, text=True
         )

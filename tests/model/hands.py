@@ -1,10 +1,13 @@
 """Hands that do things to a pool: in this process or in another one, by the same words."""
 
+import errno
 import re
+import signal
 from collections.abc import Callable
 from typing import Any
 
 import onecopy
+from onecopy.daxemu import steps
 
 from ..multiproc.processes import Line, Process, at_step, die
 from .reference import Outcome
@@ -31,21 +34,45 @@ class Hands:
             assert not isinstance(error, onecopy.CorruptRecord | onecopy.InvariantError), error
             return "error", error.errno
 
-    def map(self, key: int, path: str) -> Outcome:
+    def map(self, key: int, path: str, mode: str) -> Outcome:
+        """Map a file; return how long the mapping is."""
         try:
-            self.maps[key] = self.fs.map(path)
+            self.maps[key] = self.fs.map(path, mode)
         except onecopy.NoSpace:
             return "full", None
         except OSError as error:
             return "error", error.errno
-        return "ok", self.look(key)
+        return "ok", len(self.maps[key])
 
-    def look(self, key: int) -> bytes:
-        """Return what a mapping shows, after making sure that nobody can store into it (S1)."""
+    def look(self, key: int, size: int) -> bytes:
+        """Return the first bytes that a mapping shows, after a look that there are no more, and how they are protected (S1)."""
         mapping = self.maps[key]
         if len(mapping):
-            assert protections(mapping) == {"r--"}, "S1"
-        return mapping[:]
+            assert protections(mapping) <= ({"r--", "rw-"} if mapping.writable else {"r--"}), "S1"
+        if size < len(mapping):
+            try:
+                raise AssertionError(f"byte {size}, which has been cut off, is {mapping[size]}")
+            except OSError as error:
+                assert error.errno == errno.ENXIO
+        return mapping[:size]
+
+    def store(self, key: int, offset: int, data: bytes) -> Outcome:
+        """Store into a mapping. Room is asked for first: without, the process would get a SIGBUS."""
+        mapping = self.maps[key]
+        try:
+            mapping.make_writable(offset, offset + len(data))
+        except onecopy.NoSpace:
+            return "full", None
+        mapping[offset : offset + len(data)] = data
+        return "ok", None
+
+    def store_and_die(self, key: int, offset: int, value: int, step: str) -> bool:
+        """Store a byte, and die at a step of the fault. True: there was none."""
+        mapping = self.maps[key]
+        steps.signal_at(step, 1, signal.SIGKILL)
+        mapping[offset] = value
+        steps.signal_at("", 0, 0)
+        return True
 
     def unmap(self, key: int) -> None:
         self.maps.pop(key).close()
@@ -65,7 +92,10 @@ class Hands:
 
     def die_at(self, step: str, arrival: int) -> None:
         """Let this process die at that arrival at a step."""
-        at_step(step, arrival, die)
+        if step in steps.NATIVE:
+            steps.signal_at(step, arrival, signal.SIGKILL)
+        else:
+            at_step(step, arrival, die)
 
 
 def protections(mapping: onecopy.Mapping) -> set[str]:
@@ -92,7 +122,11 @@ class Distant:
 
     def attempt_and_die(self, method: str, *arguments: Any) -> Outcome | None:
         """`attempt`, by a process that is going to die; None when it has."""
-        self.process.say(("attempt", (method, *arguments)))
+        return self.do_and_die("attempt", method, *arguments)
+
+    def do_and_die(self, *call: Any) -> Any:
+        """Do something that the process may die over; None when it has."""
+        self.process.say((call[0], call[1:]))
         try:
             return self.process.hear()
         except AssertionError:

@@ -1,10 +1,12 @@
 """fork as a normal event: a child is a full user from its first instruction, whatever its parent was doing (S5, S8)."""
 
 import errno
+import faulthandler
 import gc
 import multiprocessing
 import os
 import pickle
+import signal
 import subprocess
 import threading
 
@@ -160,6 +162,32 @@ def test_a_mapping_goes_on_in_the_child_when_the_parent_dies(fs, pool_path, star
     assert fs.info().pinned_pages == 0
 
 
+@pytest.mark.parametrize("mode", ["r", "r+"])
+def test_a_mapping_is_live_on_both_sides(fs, start, mode):
+    """It shows what is written there and here, and for storing, what is stored; a clone made in between stays as it was."""
+
+    def work(line):
+        fs.write("/a", b"child", PAGE)
+        if mode == "r+":
+            mapping[2 * PAGE] = ord("c")
+        line.say()
+        line.hear()
+        return mapping[:]
+
+    with fs.map("/a", mode) as mapping:
+        child = start(work)
+        child.hear()
+        assert mapping[PAGE : PAGE + 6] == b"childa" and mapping[2 * PAGE] == ord("c" if mode == "r+" else "a")
+        before = mapping[:]
+        fs.clone("/a", "/clone")
+        fs.write("/a", b"parent", 3 * PAGE)
+        if mode == "r+":
+            mapping[4 * PAGE] = ord("p")
+        wanted = mapping[:]
+        child.say()
+        assert child.result() == wanted == fs.read("/a") != before == fs.read("/clone")
+
+
 def test_a_mapping_that_ends_in_the_child_stays_pinned_for_the_parent(fs, start):
     mapping = fs.map("/a")
     start(lambda line: mapping.close()).result()
@@ -281,43 +309,62 @@ def test_a_signal_handler_can_not_change_the_pool_within_a_transaction(fs, call)
 # ------------------------------------------------------- when it can't be
 
 
-def assert_shut(fs, mapping) -> tuple[int, bytes]:
-    """Return what a child gets from a handle that could not be carried over: an error, and what was mapped."""
-    with pytest.raises(OSError, match="closed") as caught:
-        fs.write("/a", b"x")
-    with pytest.raises(OSError, match="closed"):
-        fs.read("/a")
-    picture = mapping[:]
+def assert_shut(line, fs, mapping) -> None:
+    """What a child has of a handle that could not be carried over: errors, and of what was mapped nothing at all.
+
+    What it would see there could not be kept up to date, and a signal is better than old bytes.
+    """
+    for call in (lambda: fs.write("/a", b"x"), lambda: fs.read("/a"), lambda: fs.map("/a")):
+        with pytest.raises(OSError, match="closed") as caught:
+            call()
+        assert caught.value.errno == errno.EBADF
+    line.say("shut")
+    line.hear()
+    if fork() == 0:
+        faulthandler.disable()
+        signal.signal(signal.SIGSEGV, signal.SIG_DFL)
+        print(memoryview(mapping)[0])
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.wait()[1]) == -signal.SIGSEGV
     mapping.close()
     gc.collect()
     fs.close()
-    return caught.value.errno, picture
 
 
-def test_without_a_free_slot_the_child_s_handle_is_closed(fs, start, monkeypatch):
-    mapping = fs.map("/a")
-    monkeypatch.setattr(slots, "SLOTS", len(fs.info().users))
-    child = start(lambda line: assert_shut(fs, mapping))
-    assert child.result() == (errno.EBADF, b"a" * 5 * PAGE)
-    fs.write("/b", b"the parent's goes on")
+@pytest.mark.parametrize("mode", ["r", "r+"])
+def test_without_a_free_slot_the_child_s_handle_is_closed(fs, start, mode):
+    mapping, taken = fs.map("/a", mode), []
+    with fs._mount.lock, pytest.raises(OSError, match="slots"):
+        while True:
+            taken.append(slots.claim(fs._mount.runtime))
+    child = start(lambda line: assert_shut(line, fs, mapping))
+    assert child.hear() == "shut"
+    with fs._mount.lock:
+        for slot in taken:
+            slot.release()
+    fs.write("/a", b"the parent's goes on")
+    assert mapping[:20] == b"the parent's goes on"
+    child.say()
+    child.result()
+    fs.write("/a", b"the parent's went on")
+    assert mapping[:20] == b"the parent's went on"
+    mapping.close()
 
 
-def test_a_child_without_the_privileges_to_open_the_pool_again(fs, start, monkeypatch):
-    """Its locks would be its parent's, so it must not use them; what it has mapped stays pinned."""
-    mapping = fs.map("/a")
+@pytest.mark.parametrize("mode", ["r", "r+"])
+def test_a_child_without_the_privileges_to_open_the_pool_again(fs, start, monkeypatch, mode):
+    """Its locks would be its parent's, so it must not use them."""
+    mapping = fs.map("/a", mode)
     monkeypatch.setattr(mounts, "reopen", lambda *_: (_ for _ in ()).throw(PermissionError(errno.EACCES, "denied")))
-
-    def work(line):
-        line.hear()
-        return assert_shut(fs, mapping)
-
-    child = start(work)
+    child = start(lambda line: assert_shut(line, fs, mapping))
+    assert child.hear() == "shut"
     monkeypatch.undo()
     mapping.close()
     fs.unlink("/a")
     churn(fs)
     child.say()
-    assert child.result() == (errno.EBADF, b"a" * 5 * PAGE)
+    child.result()
+    assert fs.info().pinned_pages == 0
 
 
 # ---------------------------------------------------------- multiprocessing
@@ -349,6 +396,11 @@ def test_multiprocessing(fs, pool_path, method):
     assert [fs.read(f"/from{n}") for n in range(2)] == [b"a" * 5 * PAGE] * 2
 
 
-def test_a_handle_can_not_be_sent_to_another_process(fs):
-    with pytest.raises(TypeError):
-        pickle.dumps(fs)
+@pytest.mark.parametrize("mode", ["r", "r+"])
+def test_a_handle_that_is_sent_to_another_process_is_opened_there(fs, mode):
+    with onecopy.open(fs.path, mode) as handle, pickle.loads(pickle.dumps(handle)) as other:
+        assert (other.path, other.mode, other is handle) == (handle.path, mode, False)
+        assert other.read("/a") == b"a" * 5 * PAGE and len(pids(fs)) == 3
+        if mode == "r":
+            with pytest.raises(onecopy.ReadOnly):
+                other.write("/a", b"x")

@@ -258,9 +258,20 @@ def test_threads_share_a_handle(fs):
                 text = f"{name}{n:03}".encode() * PAGE
                 fs.write(f"/{name}", text)
                 fs.clone(f"/{name}", f"/{name}.{n}")
-                with fs.map(f"/{name}") as mapping:
+                with fs.map(f"/{name}", "r+" if n % 3 else "r") as mapping, fs.map(f"/{name}.{n}") as clone:
+                    assert mapping[:] == text
                     fs.write(f"/{name}", b"?" * PAGE)
-                    assert mapping[:] == fs.read(f"/{name}.{n}") == text
+                    if mapping.writable:
+                        mapping[2 * PAGE : 3 * PAGE] = b"!" * PAGE
+                    assert (
+                        mapping[:]
+                        == fs.read(f"/{name}")
+                        == b"?" * PAGE
+                        + text[PAGE : 2 * PAGE]
+                        + (b"!" * PAGE if mapping.writable else text[2 * PAGE : 3 * PAGE])
+                        + text[3 * PAGE :]
+                    )
+                    assert clone[:] == fs.read(f"/{name}.{n}") == text
                 fs.unlink(f"/{name}.{n}")
 
         return work

@@ -3,6 +3,7 @@
 import random
 from itertools import pairwise
 
+import numpy as np
 import pytest
 
 from onecopy.blkcache.frames import SHARED
@@ -16,8 +17,8 @@ FRAMES = 120
 class Counted:
     """A run of frames with a counter for each; all start with one reference."""
 
-    def __init__(self, mount) -> None:
-        self.mount = mount
+    def __init__(self, mount, together: bool) -> None:
+        self.mount, self.together = mount, together
         ((self.first, _),) = mount.run(lambda tx: tx.frames.take_data(FRAMES))
         self.model = dict.fromkeys(range(self.first, self.first + FRAMES), 1)
 
@@ -26,7 +27,10 @@ class Counted:
 
     def add(self, runs, delta: int) -> None:
         """Change the references of runs in one transaction; hold what is freed against the model."""
-        freed = self.mount.run(lambda tx: counts.add_runs(tx, runs, delta))
+        if self.together:
+            freed = self.mount.run(lambda tx: counts.change_many(tx, np.array(runs, np.int64).reshape(-1, 2), delta))
+        else:
+            freed = self.mount.run(lambda tx: counts.add_runs(tx, runs, delta))
         gone = []
         for pfn, pages in runs:
             for one in range(pfn, pfn + pages):
@@ -61,9 +65,9 @@ class Counted:
         return counts.split_by_references(self.mount.live_view(), pfn, pages)
 
 
-@pytest.fixture
-def counted(mount):
-    return Counted(mount)
+@pytest.fixture(params=[False, True], ids=["one by one", "together"])
+def counted(mount, request):
+    return Counted(mount, request.param)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -143,6 +147,27 @@ def test_repeats_are_counted_one_by_one(counted):
     counted.add([run] * 6, -1)
     assert counted.model[run[0]] == 0
     counted.verify()
+
+
+def test_fragments_meet_across_leaves(counted):
+    """A change at the border of a leaf finds the neighbour that touches in the next leaf, or in the one before."""
+    mount = counted.mount
+    ((first, pages),) = mount.run(lambda tx: tx.frames.take_data(1200))
+
+    def add(pfn, delta) -> list[tuple[int, int, int]]:
+        mount.run(lambda tx: counts.change_many(tx, np.array([(pfn, 1)]), delta))
+        return counts.fragments(mount.live_view(), pfn - 1, pfn + 2)
+
+    for pfn in range(first, first + pages, 2):
+        add(pfn, 1)
+    view = mount.live_view()
+    borders = view.words[view.counts * 512 + 5 : view.counts * 512 + 4 + (view.words[view.counts * 512] & 0xFFFF)].tolist()
+    assert len(borders) > 2
+    for border in borders:
+        assert add(border - 1, 2) == [(border - 2, border - 1, 2), (border - 1, border, 3), (border, border + 1, 2)]
+        assert add(border, 1) == [(border - 1, border + 1, 3)]
+        add(border, -1)
+        assert add(border - 1, -1) == [(border - 2, border + 1, 2)]
 
 
 def test_hints_go_with_the_next_sync(counted):

@@ -1,0 +1,260 @@
+/*
+ * The native half without Python, for sanitizers: processes that store into one file through mappings, clone it, move its pages, fork,
+ * and die at steps, for a while; then everything is checked. Usage: driver SECONDS SEED [k] [f] [r]
+ * k: they die; f: they fork; r: slots of the dead are used again (else the run ends when there are no more)
+ *
+ * Every thread has a word of its own in each page and counts up in it. `begun` and `done` say, for all to see, which count it is
+ * about to store and which store has returned: any mapping must show at least `done`, and at the end at most `begun`.
+ */
+#include "stand_in.h"
+
+/* ----------------------------------------------------------- workers */
+
+static uint64_t *word_of(const struct region *r, uint64_t page, uint64_t lane)
+{
+    return (uint64_t *)(r->address + page * PAGE) + lane * 7;
+}
+
+/* To ThreadSanitizer each remapping by the service thread writes the page, and the hardware's order means nothing: not looked at there. */
+__attribute__((no_sanitize("thread"))) static uint64_t word_in(const volatile uint64_t *word)
+{
+    return *word;
+}
+
+__attribute__((no_sanitize("thread"))) static void put_word(volatile uint64_t *word, uint64_t value)
+{
+    *word = value;
+}
+
+static void *work(void *argument)
+{
+    uint64_t thread = (uint64_t)(uintptr_t)argument, lane = engine.slot * THREADS + thread;
+    struct region *r = &regions[thread];
+    if (thread)
+        state = lane * 77 + 1 + (uint64_t)getpid();
+    for (int n = 0; (thread == 0 ? n < 40 : 1) && !__atomic_load_n(&control->stop, __ATOMIC_ACQUIRE); n++) {
+        uint64_t page = number(3) ? number(64) : number(PAGES), other = number(LANES), high = page + 1 + number(32);
+        if (number(16) == 0)
+            CHECK("make_private", !make_private(&engine, 0, page, high < PAGES ? high : PAGES, (int)number(2)), (uint64_t)errno, page, 0);
+        uint64_t value = __atomic_add_fetch(&control->begun[lane][page], 1, __ATOMIC_SEQ_CST);
+        put_word(word_of(r, page, lane), value);
+        __atomic_store_n(&control->done[lane][page], value, __ATOMIC_SEQ_CST);
+        page = number(64);
+        uint64_t least = __atomic_load_n(&control->done[other][page], __ATOMIC_SEQ_CST);
+        /* Thread 0 alone reads through the last one, which it takes away at times. */
+        uint64_t seen = word_in(word_of(&regions[number(thread ? THREADS : THREADS + 1)], page, other));
+        CHECK("S3: a mapping shows less than has been stored", seen >= least, other, seen, least);
+    }
+    return NULL;
+}
+
+static void start_engine(uint32_t slot)
+{
+    engine = (struct engine){
+        .base = (char *)base, .pool = pool, .table = base->table, .spaces = base->spaces, .records = base->records,
+        .bells = base->bells, .counters = &base->counters, .log = base->log, .live = &base->live, .free = &base->free,
+        .floor = &base->floor, .log_count = &base->log_count, .log_generation = &base->log_generation,
+        .log_owner = &base->log_owner, .spaces_used = &base->spaces_used, .windows = windows, .frames = FRAMES,
+        .runtime_fd = runtime_fd, .pool_fd = pool_fd, .end_fd = memfd_create("end", 0),
+        .incarnations = base->incarnations, .child_slot = -1, .child_fds = {-1, -1},
+        .window = calloc(SPACES, sizeof(char *)), .chain = calloc(SPACES, sizeof(struct region *)),
+    };
+    become(slot);
+    engines_add(&engine);
+}
+
+static void leave(void)
+{
+    begin();
+    for (int i = 0; i <= THREADS; i++)
+        region_remove(&regions[i]);
+    map_for(engine.slot, 0);
+    finish();
+    service_stop(&engine);
+}
+
+static void map_all(void)
+{
+    for (int i = 0; i <= THREADS; i++) {
+        char *address = mmap(NULL, PAGES * PAGE, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        CHECK("mmap", address != MAP_FAILED, (uint64_t)errno, 0, 0);
+        regions[i] = (struct region){.engine = &engine, .address = address, .pages = PAGES, .writable = i < THREADS,
+                                     .granule = i ? 16 : 1, .fixed = i == 0, .streak = UINT64_MAX};
+        region_add(&regions[i]);
+        CHECK("map_region", !map_region(&regions[i], 0, PAGES), (uint64_t)errno, 0, 0);
+    }
+}
+
+/* Fork as Mount.prepare_child and become_child do: the child's slot is there before the child is; fork makes it a mapper. */
+static void fork_one(void)
+{
+    int fd;
+    begin();
+    int slot = claim_slot(&fd);
+    if (slot < 0) {
+        finish();
+        return;
+    }
+    engine.child_fds[0] = fd;
+    engine.child_slot = slot;
+    pid_t pid = fork();
+    MUST(pid);
+    if (pid) {
+        finish();
+        __atomic_add_fetch(&control->forks, 1, __ATOMIC_SEQ_CST);
+        return;
+    }
+    close(slot_fd);
+    close(lock_own);
+    lock_own = reopen(lock_fd);
+    fault_step = NULL;
+    become((uint32_t)slot);
+    CHECK("service_start", !service_start(&engine), 0, 0, 0);
+    work((void *)0);
+    if (number(4))
+        leave();
+    _exit(0); /* else: dead, for others to find */
+}
+
+static void worker(uint64_t seed)
+{
+    state = seed;
+    signal(SIGCHLD, SIG_IGN);
+    lock_own = reopen(lock_fd);
+    start_engine(PROCESSES); /* as the janitor of daxemu.slots, while there is no other slot */
+    int slot = -1, fd = reopen(runtime_fd);
+    for (; slot < 0 && !__atomic_load_n(&control->stop, __ATOMIC_ACQUIRE); usleep(500)) {
+        CHECK("flock", !flock(lock_own, LOCK_EX), (uint64_t)errno, 0, 0);
+        if ((slot = claim_slot(&slot_fd)) < 0 && reuse) {
+            CHECK("janitor", lock_range(fd, F_OFD_SETLK, PROCESSES) >= 0, 0, 0, 0);
+            begin();
+            slot = claim_slot(&slot_fd);
+        }
+        finish();
+    }
+    close(fd);
+    if (slot < 0)
+        _exit(0);
+    become((uint32_t)slot);
+    CHECK("service_start", !service_start(&engine), 0, 0, 0);
+    CHECK("handler_install", !handler_install(), 0, 0, 0);
+    begin();
+    map_for(engine.slot, 1);
+    map_all();
+    finish();
+    if (kills && number(4)) {
+        die_at = (int)number(AT_FORGOTTEN + 1);
+        die_after = 1 + (int)number(die_at < AT_ALL_LOCKED ? 60 : 6);
+        fault_step = die;
+    }
+    pthread_t threads[THREADS];
+    for (uint64_t i = 1; i < THREADS; i++)
+        CHECK("thread", !pthread_create(&threads[i], NULL, work, (void *)(uintptr_t)i), 0, 0, 0);
+    while (!__atomic_load_n(&control->stop, __ATOMIC_ACQUIRE)) {
+        work((void *)0);
+        uint64_t what = number(8);
+        if (what < 4)
+            change();
+        else if (what == 4 && forks)
+            fork_one();
+        else if (what == 5) { /* one mapping ends and begins anew */
+            begin();
+            region_remove(&regions[THREADS]);
+            region_add(&regions[THREADS]);
+            CHECK("map_region", !map_region(&regions[THREADS], 0, PAGES), 0, 0, 0);
+            finish();
+        }
+    }
+    for (uint64_t i = 1; i < THREADS; i++)
+        pthread_join(threads[i], NULL);
+    leave();
+    engines_remove(&engine);
+    _exit(0);
+}
+
+static void check_end(void)
+{
+    start_engine(PROCESSES);
+    slot_fd = reopen(runtime_fd);
+    lock_range(slot_fd, F_OFD_SETLK, PROCESSES);
+    lock_own = reopen(lock_fd);
+    for (uint32_t left = PROCESSES; left;) { /* forked children end, too */
+        begin();
+        left = 0;
+        for (uint32_t s = 0; s < PROCESSES; s++)
+            left += control->taken[s] == 1;
+        left ? finish() : sweep();
+        usleep(left ? 5000 : 0);
+    }
+    check_clones();
+    static uint8_t named[FRAMES];
+    for (uint64_t p = 0; p < PAGES; p++) {
+        uint64_t word = entry(p), pfn = word & PFN_MASK;
+        CHECK("an entry's frame isn't in use", base->table[pfn] & USED, p, pfn, base->table[pfn]);
+        CHECK("a frame has two names", !pfn || !named[pfn]++, p, pfn, 0);
+        CHECK("a lock is left", locks_of(&engine, 0)[p / BLOCK] == 0, p, locks_of(&engine, 0)[p / BLOCK], 0);
+        for (int c = 0; c < CLONES && word & PRIVATE; c++)
+            for (uint64_t q = 0; q < PAGES; q++)
+                CHECK("S2: a private page is a clone's", control->clone[c].pfn[q] != pfn, p, pfn, q);
+        for (uint64_t lane = 0; lane < LANES; lane++) {
+            uint64_t seen = ((uint64_t *)(pool + pfn * PAGE))[lane * 7];
+            CHECK("a store is lost", seen >= control->done[lane][p], lane, p, control->done[lane][p] - seen);
+            CHECK("a store that never was", seen <= control->begun[lane][p], lane, p, seen);
+        }
+    }
+    finish();
+    service_stop(&engine);
+}
+
+int main(int argc, char **argv)
+{
+    int seconds = argc > 1 ? atoi(argv[1]) : 2, failed = 0, status;
+    uint64_t seed = argc > 2 ? strtoull(argv[2], NULL, 10) : 1;
+    for (int i = 3; i < argc; i++)
+        kills |= *argv[i] == 'k', forks |= *argv[i] == 'f', reuse |= *argv[i] == 'r';
+    windows = (sizeof(struct base) + PAGE - 1) / PAGE * PAGE;
+    control = mmap(NULL, sizeof *control, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    runtime_fd = memfd_create("run-time", MFD_CLOEXEC);
+    pool_fd = memfd_create("pool", MFD_CLOEXEC);
+    lock_fd = memfd_create("lock", MFD_CLOEXEC);
+    if (control == MAP_FAILED || ftruncate(runtime_fd, (off_t)(windows + 2 * WINDOW)) || ftruncate(pool_fd, FRAMES * PAGE))
+        return perror("set-up"), 2;
+    base = mmap(NULL, windows, PROT_READ | PROT_WRITE, MAP_SHARED, runtime_fd, 0);
+    pool = mmap(NULL, FRAMES * PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, pool_fd, 0);
+    if (base == MAP_FAILED || pool == MAP_FAILED)
+        return perror("mmap"), 2;
+    *base = (struct base){.live = 1, .free = 4 * FRAMES, .floor = FRAMES, .log_generation = UINT64_MAX, .spaces_used = 1};
+    base->spaces[0].pages = base->spaces[0].length = PAGES;
+    base->table[0] = USED;
+    uint64_t *entries = mmap(NULL, LOCKS + PAGES * 8, PROT_READ | PROT_WRITE, MAP_SHARED, runtime_fd, (off_t)windows);
+    for (uint64_t p = 0; p < PAGES; p++) /* data that others share, and holes */
+        if (p % 100 < 90)
+            entries[LOCKS / 8 + p] = 1 + p, base->table[1 + p] = USED;
+    time_t end = time(NULL) + seconds;
+    for (int i = 0, left = 0; i < WORKERS || left;) {
+        for (; time(NULL) < end && left < WORKERS; i++, left++) {
+            pid_t pid = fork();
+            if (!pid)
+                worker(seed * 1000 + (uint64_t)i + 1);
+            if (pid < 0)
+                return perror("fork"), 2;
+        }
+        if (time(NULL) >= end)
+            __atomic_store_n(&control->stop, 1, __ATOMIC_RELEASE);
+        pid_t pid = waitpid(-1, &status, WNOHANG);
+        if (pid > 0) {
+            left--;
+            control->restarts++;
+            failed |= !(WIFEXITED(status) && WEXITSTATUS(status) == 0) && !(WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL);
+        } else
+            usleep(1000);
+    }
+    if (failed || control->failed)
+        return fprintf(stderr, "a process failed\n"), 1;
+    check_end();
+    printf("%llu processes, %llu forks, %llu clones, %llu moves, %llu conflicts, %llu redone; faults %llu, shootdowns %llu\n",
+           (unsigned long long)control->restarts, (unsigned long long)control->forks, (unsigned long long)control->clones_made,
+           (unsigned long long)control->moves, (unsigned long long)control->conflicts, (unsigned long long)control->redone,
+           (unsigned long long)base->counters.faults, (unsigned long long)base->counters.shootdowns);
+    return 0;
+}
