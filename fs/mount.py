@@ -349,14 +349,17 @@ class Mount:
     def become_child(self) -> None:
         """In the forked child: take over the slot made for us; give every lock a descriptor of its own.
 
-        Where that can't be, `pid` stays the parent's and the descriptors stay open: what is mapped stays as it is.
+        Where that can't be, `pid` stays the parent's, and the slot is let go: nobody shall wait for its answers. See `lose`.
         """
         slot, self.child_slot = self.child_slot, None
-        if slot is None or self.child_pool_fd < 0:
+        if slot is None:
             return
         try:
-            lock_fd = reopen(self.lock.fd)
+            lock_fd = reopen(self.lock.fd) if self.child_pool_fd >= 0 else -1
         except OSError:
+            lock_fd = -1
+        if lock_fd < 0:
+            os.close(slot.fd)
             return
         pool_fd = self.child_pool_fd
         for fd in (self.pool.fd, self.lock.fd, self.slot.fd):
