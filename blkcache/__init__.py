@@ -1,4 +1,4 @@
-"""Between device and trees: the frame allocator, limbo, and pins. Knows nothing of trees or names.
+"""Between device and trees: the frame allocator, limbo, and address spaces. Knows nothing of trees or names.
 
-Read `frames` first, then `limbo`, then `pins`.
+Read `frames` first, then `limbo`, then `spaces`.
 """

@@ -30,7 +30,7 @@ STATES = {  # for FORMAT.md
     "USED": "has an owner, or waits in limbo for the last one that could reach it",
     "FRESH": "the durable root does not name it",
     "SHARED": "maybe referenced more than once: ask the fragment counts; clear: surely not",
-    "LIMBO": "freed, but the durable root names it or a mapping pins it",
+    "LIMBO": "freed, but the durable root names it or a mapping of a deleted file shows it",
     "PINNED": "maybe mapped by who had a file open that is deleted: ask the orphans; clear: surely not",
     "NODE": "a tree node",
     "DIRTY": "content changed since the last durable commit",

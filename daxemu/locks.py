@@ -25,7 +25,7 @@ from onecopy.daxemu.errors import InvariantError, posix
 RANKS = (
     ("mount", "the pool file", "the pool against format, repair and a second run-time file",
      "shared by every user while open; exclusive, never waited for, to format, repair or build the run-time file"),
-    ("transaction", "the lock file beside the run-time file", "the live root, frame table, limbo, slots and pins",
+    ("transaction", "the lock file beside the run-time file", "the live root, frame table, limbo, slots and address spaces",
      "exclusive for one transaction, for opening and closing, and around fork"),
 )  # fmt: skip
 RANK = {row[0]: rank for rank, row in enumerate(RANKS)}
