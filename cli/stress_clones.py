@@ -30,7 +30,7 @@ def clone(hands: Hands) -> None:
     try:
         fs.clone(hands.path(source), hands.new_path)
         cloned = Cloned(Called(fs, hands.path(source)), origin, 0, completed, time.monotonic_ns())
-        if fs.stat(hands.new_path).st_size < PAGES * PAGE:  # it was being cut short
+        if fs.stat(hands.new_path).st_size != PAGES * PAGE:  # it was being cut short, or pages were being inserted
             fs.truncate(hands.new_path, PAGES * PAGE)
         _take_over(hands, cloned, Called(fs, hands.new_path), place, 0)
     except OSError as error:

@@ -340,9 +340,9 @@ class Hands:
     def map(self, name: int, mode: str) -> Mapped:
         """Map the file that a name leads to, without a lock: it may lead elsewhere at the same moment."""
         board = self.board
-        count, _, place = board.name(name)
+        count, before, place = board.name(name)
         self.touch(place)
-        if count % 2 or board.name(name)[0] != count:
+        if before != place or count % 2 or board.name(name)[0] != count:
             raise SkippedOperation
         while len(self.held) >= MAPPINGS:
             self.unmap()
