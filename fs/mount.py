@@ -332,7 +332,7 @@ class Mount:
     # ------------------------------------------------------------- fork
 
     def prepare_child(self) -> None:
-        """Before a fork, with the lock: make the child's slot; the fork makes it a mapper: before_fork in _shoot.c."""
+        """Before a fork, with the lock: make the child's slot; the fork makes it a mapper: before_fork in _guard.c."""
         self.spaces.reap()
         self.child_slot = slots.claim(self.runtime)
         try:  # the mount lock, too, on a description of the child's own: the parent's is unlocked when the parent closes
