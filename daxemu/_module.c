@@ -3,6 +3,7 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include "_device_type.h"
 #include "_fault.h"
 
 #include <errno.h>
@@ -851,7 +852,7 @@ static int fault_exec(PyObject *module)
         if (failed)
             return -1;
     }
-    return 0;
+    return device_type_add(module);
 }
 
 static PyModuleDef_Slot fault_slots[] = {{Py_mod_exec, fault_exec}, {0, NULL}};
