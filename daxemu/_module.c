@@ -1,5 +1,6 @@
 /* The module: its types, and functions that belong to none. */
 #define _GNU_SOURCE
+#include "_device_type.h"
 #include "_module.h"
 
 #include <errno.h>
@@ -68,7 +69,7 @@ static int fault_exec(PyObject *module)
         if (failed)
             return -1;
     }
-    return 0;
+    return device_type_add(module);
 }
 
 static PyModuleDef_Slot fault_slots[] = {{Py_mod_exec, fault_exec}, {0, NULL}};
