@@ -2,7 +2,8 @@
 
 from setuptools import Extension, setup
 
-_NAMES = ("_guard", "_map", "_shoot", "_fault", "_commit", "_words", "_region", "_engine", "_entries", "_module", "_device", "_device_type")
+_NAMES = ("_guard", "_map", "_shoot", "_fault", "_commit", "_words", "_region", "_engine", "_entries", "_module", "_device", "_device_type",
+          "_cache", "_evict", "_absent", "_cache_type")
 
 setup(
     ext_modules=[

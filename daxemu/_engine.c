@@ -136,7 +136,7 @@ static PyObject *engine_start(PyObject *object, PyObject *unused)
         if (failed)
             return os_error(failed);
     }
-    int failed = handler_install();
+    int failed = handler_install(SIGSEGV);
     return failed ? os_error(failed) : Py_NewRef(Py_None);
 }
 

@@ -103,6 +103,7 @@ struct region {
     int writable;
     uint32_t granule, fixed; /* pages copied by the next fault; fixed: never more */
     uint64_t streak;         /* where the last fault's granule ended */
+    uint64_t read_end, ahead; /* where the last blocks read ended, and how many they were */
     int evicted;             /* pages may be unmapped: a touch maps them */
 };
 
@@ -129,6 +130,7 @@ struct engine {
     pthread_t service;
     char **window;
     struct region **chain;
+    struct cache *cache; /* NULL: the pool's pages are the frames, always there */
 };
 
 extern void (*fault_step)(int); /* tests stop or kill the process at a numbered step */
@@ -147,6 +149,7 @@ void futex_wake(uint32_t *word);
 int slot_alive(struct engine *e, uint32_t slot);
 void engines_add(struct engine *e);
 void engines_remove(struct engine *e);
+struct engine *engine_around(const char *address); /* whose pool is mapped there; under the guard */
 void fault_enter(void); /* waits while a fork is under way */
 void fault_leave(void);
 
@@ -175,9 +178,13 @@ void service_stop(struct engine *e);
 /* _fault.c */
 int claim(struct engine *e, uint64_t pfn, uint64_t pages, uint8_t state);
 int make_private(struct engine *e, uint32_t space, uint64_t low, uint64_t high, int map);
-int handler_install(void);
+int handler_install(int signal);
+int handler_needed(int signal); /* whether it was installed before */
 uint32_t record_take(struct engine *e);
 void record_give(struct engine *e, uint32_t record);
+
+/* _absent.c */
+int absent(char *address); /* a touch of a frame without a page: 0 when it has one now, -1: not ours, or an errno, after a word about it */
 
 /* _commit.c */
 int block_lock(struct engine *e, uint32_t record, uint32_t space, uint64_t block); /* 0, or ENOMEM */

@@ -1,6 +1,6 @@
 /* See _fault.h for the contract. Waiting, the guard, and what a fork waits for. */
 #define _GNU_SOURCE
-#include "_fault.h"
+#include "_cache.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -132,6 +132,10 @@ static void in_parent(void)
             if (e->child_fds[i] >= 0)
                 close(e->child_fds[i]); /* its slot lives as long as the child does, from now on */
         e->child_slot = -1;
+        if (e->cache && e->cache->child_fd >= 0)
+            close(e->cache->child_fd);
+        if (e->cache)
+            e->cache->child_fd = -1;
     }
     open_gate();
 }
@@ -141,6 +145,10 @@ static void in_child(void)
     for (struct engine *e = engines; e; e = e->next) {
         if (e->alive && e->child_slot < 0) /* nobody would tell us when a page moves */
             evict_all(e);
+        if (e->cache) {
+            evict_all(e); /* nobody watches over what it maps: mapped anew when it is touched */
+            cache_in_child(e->cache);
+        }
         e->alive = 0; /* until it gets a slot and a service thread of its own */
         e->child_slot = -1;
         memset(e->busy, 0, sizeof e->busy);
@@ -171,4 +179,12 @@ void engines_remove(struct engine *e)
             break;
         }
     guard_leave(&before);
+}
+
+struct engine *engine_around(const char *address)
+{
+    for (struct engine *e = engines; e; e = e->next)
+        if (e->cache && address >= e->pool && address < e->pool + e->frames * PAGE)
+            return e;
+    return NULL;
 }

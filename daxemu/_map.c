@@ -1,6 +1,6 @@
 /* See _fault.h for the contract. A process's regions, and what they show. */
 #define _GNU_SOURCE
-#include "_fault.h"
+#include "_cache.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -89,6 +89,26 @@ int too_many_maps(void)
 }
 
 /*
+ * Frames of a cache: first where nobody can touch them, since a touch of one that is absent, unwatched, would give it a page of
+ * zeros. For storing only those of which _cache.h says that they may be.
+ */
+static int map_cached(struct region *r, char *at, uint64_t page, uint64_t pages, uint64_t word, int writable)
+{
+    struct cache *c = r->engine->cache;
+    uint64_t i = cache_frame(c, r->space, page, word), pfn = word & PFN_MASK;
+    if (mmap(at, pages * PAGE, PROT_NONE, MAP_SHARED | MAP_FIXED, c->frames_fd, (off_t)(i * PAGE)) == MAP_FAILED)
+        return errno;
+    int failed = cache_watch(c, at, pages * PAGE);
+    for (uint64_t n = 0, run; n < pages && !failed; n += run) {
+        int store = writable && cache_may_write(c, pfn + n);
+        for (run = 1; n + run < pages && (store == (writable && cache_may_write(c, pfn + n + run))); run++)
+            ;
+        failed = mprotect(at + n * PAGE, run * PAGE, PROT_READ | (store ? PROT_WRITE : 0)) ? errno : 0;
+    }
+    return failed;
+}
+
+/*
  * A private page is mapped writable (`stores`) only by who holds its block, with everybody's answers: a peer that could store as soon
  * as it is told would do so before others are, and they would still show the old bytes (S3). Its first store there faults instead,
  * and waits for the block.
@@ -104,6 +124,8 @@ static int map_pages(struct region *r, uint64_t page, uint64_t pages, uint64_t w
         got = mmap(at, pages * PAGE, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
     else {
         int writable = stores && r->writable && word & PRIVATE;
+        if (r->engine->cache)
+            return map_cached(r, at, page, pages, word, writable);
         got = mmap(at, pages * PAGE, PROT_READ | (writable ? PROT_WRITE : 0), MAP_SHARED | MAP_FIXED, r->engine->pool_fd,
                    (off_t)((word & PFN_MASK) * PAGE));
         /* Stores are about to come: one look maps all that lies in its 64 KiB (measured: half the price of MAP_POPULATE). */

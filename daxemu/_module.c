@@ -1,7 +1,9 @@
 /* The module: its types, and functions that belong to none. */
 #define _GNU_SOURCE
-#include "_device_type.h"
 #include "_module.h"
+
+#include "_cache.h"
+#include "_device_type.h"
 
 #include <errno.h>
 #include <unistd.h>
@@ -35,22 +37,24 @@ static PyObject *sizes(PyObject *module, PyObject *unused)
 {
     (void)module;
     (void)unused;
-    return Py_BuildValue("(nnnnn)", sizeof(struct space), sizeof(struct record), sizeof(struct bell), sizeof(struct run),
-                         sizeof(struct counters));
+    return Py_BuildValue("(nnnnnn)", sizeof(struct space), sizeof(struct record), sizeof(struct bell), sizeof(struct run),
+                         sizeof(struct counters), sizeof(struct cache_header));
 }
 
 static PyObject *install(PyObject *module, PyObject *unused)
 {
     (void)module;
     (void)unused;
-    int failed = handler_install();
+    int failed = handler_install(SIGSEGV);
+    if (!failed && handler_needed(SIGBUS))
+        failed = handler_install(SIGBUS);
     return failed ? os_error(failed) : Py_NewRef(Py_None);
 }
 
 static PyMethodDef module_methods[] = {
     {"install", install, METH_NOARGS, "install(): put the fault handler in front, if it isn't."},
     {"signal_at", signal_at, METH_VARARGS, "signal_at(step, nth, signal): send it to this process at the nth arrival at a step."},
-    {"sizes", sizes, METH_NOARGS, "sizes() -> bytes of space, record, bell, run and counters, for the test of the records' tables."},
+    {"sizes", sizes, METH_NOARGS, "sizes() -> bytes of space, record, bell, run, counters and cache header, for the test of the records' tables."},
     {NULL, NULL, 0, NULL},
 };
 
@@ -69,7 +73,7 @@ static int fault_exec(PyObject *module)
         if (failed)
             return -1;
     }
-    return device_type_add(module);
+    return device_type_add(module) || cache_type_add(module) ? -1 : 0;
 }
 
 static PyModuleDef_Slot fault_slots[] = {{Py_mod_exec, fault_exec}, {0, NULL}};

@@ -34,6 +34,9 @@ PyObject *os_error(int code); /* NULL, with the exception */
 /* _engine.c */
 struct engine *engine_of(PyObject *object); /* NULL with an exception when it has been closed */
 
+/* _cache_type.c */
+int cache_type_add(PyObject *module); /* 0, or -1 with an exception */
+
 /* _entries.c: methods of Engine */
 PyObject *engine_entries(PyObject *object, PyObject *args);
 PyObject *engine_enter(PyObject *object, PyObject *args);

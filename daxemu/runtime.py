@@ -22,13 +22,13 @@ import numpy as np
 from onecopy.daxemu._fault import Words
 from onecopy.daxemu.errors import NoSpace, PoolBusy, RuntimeLost
 from onecopy.daxemu.locks import RankedLock, open_private, try_mount
-from onecopy.daxemu.pool import Pool, fallocate, release
+from onecopy.daxemu.pool import POLICIES, Pool, fallocate, release
 from onecopy.daxemu.record import Record
 from onecopy.daxemu.units import PAGE
 
 FOLDER = "/dev/shm"
 MAGIC = int.from_bytes(b"onecopyR", "little")
-LAYOUT = 2
+LAYOUT = 3
 SLOTS = 512
 READERS = 8  # concurrent lock-free readers a slot can announce
 MESSAGES = 4  # faults, commits and freezes that a slot can have under way
@@ -51,7 +51,8 @@ HEADER = Record(
         ("device", "u64", "", "st_dev of the pool file"),
         ("inode", "u64", "", "st_ino of the pool file"),
         ("lock_inode", "u64", "", "st_ino of the lock file: who finds another one would lock alone"),
-        ("path", "bytes[1984]", "", "where the pool was, so that the files of a pool that is gone can be swept away"),
+        ("policy", "u64", "", "0 dax, 1 shared, 2 per-inode: all users of the pool have the same"),
+        ("path", "bytes[1976]", "", "where the pool was, so that the files of a pool that is gone can be swept away"),
     ],
 )
 
@@ -208,6 +209,16 @@ def runtime_paths(pool: Pool) -> tuple[str, str]:
     return base, base + ".lock"
 
 
+def policy_in_use(pool: Pool) -> str | None:
+    """Return the policy that the pool's run-time file was made for; None when there is none."""
+    try:
+        with open(runtime_paths(pool)[0], "rb") as file:
+            header = HEADER.unpack(file.read(HEADER.size).ljust(HEADER.size, b"\0"))
+    except (FileNotFoundError, PermissionError):
+        return None
+    return POLICIES[header["policy"]] if header["magic"] == MAGIC and header["layout"] == LAYOUT else None
+
+
 class Layout:
     """Byte offsets of the areas, for a pool of `frames` pages."""
 
@@ -327,6 +338,7 @@ def _create(pool: Pool, path: str, lock_fd: int) -> int:
             status.st_dev,
             status.st_ino,
             os.fstat(lock_fd).st_ino,
+            POLICIES.index(pool.policy),
             os.fsencode(pool.path),
         ]
         if len(header[-1]) >= HEADER.size - HEADER.offset["path"]:

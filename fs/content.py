@@ -49,6 +49,8 @@ def read_into(view: View, inode: Inode, offset: int, buffer: memoryview) -> int:
         if at < first:
             _clear(buffer[at - offset : first - offset])
         source = pfn * PAGE + first - page * PAGE
+        if view.cached:
+            view.fetch(source // PAGE, pages_of(source + last - first) - source // PAGE)
         buffer[first - offset : last - offset] = view.bytes[source : source + last - first]
         at = last
     if at < end:

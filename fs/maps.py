@@ -62,7 +62,7 @@ class Maps:
         index = self.spaces.ensure(inode.subvolume, inode.number)
         self._attach(index)
         try:
-            self._give_entries(index, inode, view, pages, writable=writable)
+            self._give_entries(index, inode, view, pages, writable=writable or mount.pool.cached)
             # We are a mapper now: whatever changes an entry from here on, we are told.
             self.engine.add(mapping, index, writable, granule)
             mapping.attached(self, index, inode.subvolume, inode.number, writable=writable)
