@@ -1,4 +1,4 @@
-/* The Python type Device, see _device.h. Limited API of CPython 3.11. */
+/* The Python type Device and the function stall, see _device.h. Limited API of CPython 3.11. */
 #define _GNU_SOURCE
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -148,16 +148,18 @@ static PyObject *discard(PyObject *object, PyObject *args)
     return failed ? os_error(failed) : Py_NewRef(Py_None);
 }
 
-static PyObject *stall(PyObject *object, PyObject *args)
+static PyObject *stall(PyObject *module, PyObject *args)
 {
+    (void)module;
+    Py_buffer memory;
     int on;
-    struct conditions *c = ((Device *)object)->device.conditions;
-    if (!PyArg_ParseTuple(args, "p", &on))
+    if (!PyArg_ParseTuple(args, "w*p", &memory, &on))
         return NULL;
-    if (!c)
-        return os_error(EINVAL);
-    device_stall(c, on);
-    Py_RETURN_NONE;
+    int enough = !((uintptr_t)memory.buf % 8) && memory.len >= (Py_ssize_t)sizeof(struct conditions);
+    if (enough)
+        device_stall(memory.buf, on);
+    PyBuffer_Release(&memory);
+    return enough ? Py_NewRef(Py_None) : os_error(EINVAL);
 }
 
 static PyObject *forget(PyObject *object, PyObject *unused)
@@ -202,8 +204,11 @@ static PyMethodDef methods[] = {
     {"write", write_blocks, METH_VARARGS, "write(block, buffer): write a buffer of whole blocks."},
     {"flush", flush, METH_NOARGS, "flush(): make durable what was written."},
     {"discard", discard, METH_VARARGS, "discard(block, blocks): their content is of no interest."},
-    {"stall", stall, METH_VARARGS, "stall(on): make requests wait, or let them go on."},
     {"forget", forget, METH_NOARGS, "forget(): its descriptors are about to be closed; every later request is EBADF."},
+    {NULL, NULL, 0, NULL},
+};
+static PyMethodDef functions[] = {
+    {"stall", stall, METH_VARARGS, "stall(conditions, on): make requests under these conditions wait, or let them go on."},
     {NULL, NULL, 0, NULL},
 };
 static PyGetSetDef getset[] = {
@@ -232,5 +237,5 @@ int device_type_add(PyObject *module)
     device_type = (PyTypeObject *)Py_NewRef(type);
     int failed = PyModule_AddObjectRef(module, "Device", type);
     Py_DECREF(type);
-    return failed;
+    return failed ? -1 : PyModule_AddFunctions(module, functions);
 }

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from onecopy.daxemu.errors import (
         CorruptRecord,
         CrossSubvolume,
+        DeviceError,
         InvariantError,
         NoSpace,
         NotAPool,
@@ -41,8 +42,8 @@ if TYPE_CHECKING:
     __version__: str
 
 _HOMES = {
-    "daxemu.errors": "CorruptRecord CrossSubvolume InvariantError NoSpace NotAPool OneCopyError PoolBusy PoolVersionError "
-    "ReadOnly RuntimeLost SpecialFile",
+    "daxemu.errors": "CorruptRecord CrossSubvolume DeviceError InvariantError NoSpace NotAPool OneCopyError PoolBusy "
+    "PoolVersionError ReadOnly RuntimeLost SpecialFile",
     "daxemu.mapping": "Mapping",
     "daxemu.slots": "User",
     "daxemu.units": "PAGE format_size parse_size",
@@ -77,6 +78,7 @@ __all__ = [
     "CrossSubvolume",
     "DedupeFile",
     "DedupeReport",
+    "DeviceError",
     "DirEntry",
     "Extent",
     "FileSystem",
