@@ -48,12 +48,11 @@ static void complain(const struct region *r, uint64_t page, uint64_t block)
  * The pool's own mapping: whoever reads it looks at what it finds (S10), and asks for errors before it believes it. So a block that
  * can't be read is shown as a page of zeros, for now, and remembered: see cache_error in _cache_type.c.
  */
-static int absent_block(struct engine *e, uint64_t pfn)
+static int absent_block(struct cache *c, uint64_t pfn)
 {
-    struct cache *c = e->cache;
     int failed = cache_need(c, c->base + pfn, pfn, 1, 0);
     if (failed) {
-        mmap(e->pool + pfn * PAGE, PAGE, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
+        mmap(c->pool + pfn * PAGE, PAGE, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
         __atomic_store_n(&c->failed_block, pfn, __ATOMIC_SEQ_CST);
         __atomic_store_n(&c->failed, failed, __ATOMIC_SEQ_CST);
     }
@@ -85,16 +84,16 @@ int absent(char *address)
 {
     fault_enter();
     guard_lock();
-    struct engine *e = engine_around(address);
-    struct region *r = e ? NULL : region_at(address);
+    struct cache *pool = cache_around(address);
+    struct region *r = pool ? NULL : region_at(address);
     int failed = -1;
-    if (e) {
+    if (pool) {
         guard_unlock();
-        failed = absent_block(e, (uint64_t)(address - e->pool) / PAGE);
+        failed = absent_block(pool, (uint64_t)(address - pool->pool) / PAGE);
         fault_leave();
         return failed;
     }
-    e = r ? r->engine : NULL;
+    struct engine *e = r ? r->engine : NULL;
     const uint64_t *entries = e && e->cache && e->alive ? entries_of(e, r->space) : NULL;
     uint64_t page = r ? (uint64_t)(address - r->address) / PAGE : 0;
     uint64_t word = entries && page < e->spaces[r->space].pages ? __atomic_load_n(&entries[page], __ATOMIC_ACQUIRE) : 0;

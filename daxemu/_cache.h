@@ -59,6 +59,7 @@ struct cache_header { /* at the start of the control file; blkcache/cache.py dec
 #define WINDOWS_AT (OWNERS_AT + DEVICES * COPIES * 8) /* per device and space: first frame of the inode's copies; 0: none */
 
 struct cache {
+    struct cache *next;
     struct cache_header *header;
     uint64_t *words;   /* of all devices */
     uint64_t *owners, *windows; /* of ours */
@@ -75,7 +76,6 @@ struct cache {
     uint32_t evicting;
     int child_fd;
     uint32_t child_holder;
-    int joined;
 };
 
 /* Held frames, see above. frame_hold without `wait`: 0 when somebody else holds it. *flags: what the word says. */
@@ -104,5 +104,10 @@ void cache_drop(struct cache *c, uint64_t i, uint64_t pages);
 int cache_join(int control_fd, struct cache_header *header, uint32_t *holder);
 int cache_watching(void);                 /* a new userfaultfd, or -errno */
 void cache_in_child(struct cache *c);     /* at fork: this process is one of its own */
+
+/* _guard.c: the caches of this process */
+void caches_add(struct cache *c);
+void caches_remove(struct cache *c);
+struct cache *cache_around(const char *address); /* whose pool is mapped there; under the guard */
 
 #endif

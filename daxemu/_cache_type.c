@@ -33,6 +33,10 @@ static void *map_control(int fd, uint64_t at, uint64_t size)
 static void cache_close_all(Cache *self)
 {
     struct cache *c = &self->cache;
+    caches_remove(c);
+    if (c->engine)
+        c->engine->cache = NULL;
+    c->engine = NULL;
     if (c->header)
         munmap(c->header, WORDS_AT);
     if (c->words)
@@ -112,6 +116,7 @@ static PyObject *cache_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
         os_error(failed);
         goto fail;
     }
+    caches_add(c);
     return (PyObject *)self;
 fail:
     cache_close_all(self);

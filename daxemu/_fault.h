@@ -149,7 +149,6 @@ void futex_wake(uint32_t *word);
 int slot_alive(struct engine *e, uint32_t slot);
 void engines_add(struct engine *e);
 void engines_remove(struct engine *e);
-struct engine *engine_around(const char *address); /* whose pool is mapped there; under the guard */
 void fault_enter(void); /* waits while a fork is under way */
 void fault_leave(void);
 

@@ -18,6 +18,7 @@ void (*fault_step)(int);
 static uint32_t guard;           /* 0 free, 1 held, 2 held and waited for */
 static uint32_t gate, inflight;  /* gate 1: a fork is under way, new faults wait */
 static struct engine *engines;
+static struct cache *caches;
 
 /* ------------------------------------------------------------- waiting */
 
@@ -132,10 +133,11 @@ static void in_parent(void)
             if (e->child_fds[i] >= 0)
                 close(e->child_fds[i]); /* its slot lives as long as the child does, from now on */
         e->child_slot = -1;
-        if (e->cache && e->cache->child_fd >= 0)
-            close(e->cache->child_fd);
-        if (e->cache)
-            e->cache->child_fd = -1;
+    }
+    for (struct cache *c = caches; c; c = c->next) {
+        if (c->child_fd >= 0)
+            close(c->child_fd);
+        c->child_fd = -1;
     }
     open_gate();
 }
@@ -145,27 +147,32 @@ static void in_child(void)
     for (struct engine *e = engines; e; e = e->next) {
         if (e->alive && e->child_slot < 0) /* nobody would tell us when a page moves */
             evict_all(e);
-        if (e->cache) {
+        if (e->cache)
             evict_all(e); /* nobody watches over what it maps: mapped anew when it is touched */
-            cache_in_child(e->cache);
-        }
         e->alive = 0; /* until it gets a slot and a service thread of its own */
         e->child_slot = -1;
         memset(e->busy, 0, sizeof e->busy);
     }
+    for (struct cache *c = caches; c; c = c->next)
+        cache_in_child(c);
     inflight = 0; /* a thread that only looked at the gate is not here to leave */
     open_gate();
 }
 
-void engines_add(struct engine *e)
+static void register_fork(void)
 {
     static int registered;
+    if (!registered)
+        registered = !pthread_atfork(before_fork, in_parent, in_child);
+}
+
+void engines_add(struct engine *e)
+{
     sigset_t before;
     guard_enter(&before);
     e->next = engines;
     engines = e;
-    if (!registered)
-        registered = !pthread_atfork(before_fork, in_parent, in_child);
+    register_fork();
     guard_leave(&before);
 }
 
@@ -181,10 +188,32 @@ void engines_remove(struct engine *e)
     guard_leave(&before);
 }
 
-struct engine *engine_around(const char *address)
+void caches_add(struct cache *c)
 {
-    for (struct engine *e = engines; e; e = e->next)
-        if (e->cache && address >= e->pool && address < e->pool + e->frames * PAGE)
-            return e;
+    sigset_t before;
+    guard_enter(&before);
+    c->next = caches;
+    caches = c;
+    register_fork();
+    guard_leave(&before);
+}
+
+void caches_remove(struct cache *c)
+{
+    sigset_t before;
+    guard_enter(&before);
+    for (struct cache **at = &caches; *at; at = &(*at)->next)
+        if (*at == c) {
+            *at = c->next;
+            break;
+        }
+    guard_leave(&before);
+}
+
+struct cache *cache_around(const char *address)
+{
+    for (struct cache *c = caches; c; c = c->next)
+        if (address >= c->pool && address < c->pool + c->frames * PAGE)
+            return c;
     return NULL;
 }

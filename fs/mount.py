@@ -298,6 +298,8 @@ class Mount:
         # Stores go to private pages and leave no mark; where flushing does something, all of these are flushed.
         marks = not self.spaces.any_entries or isinstance(pool.persistence, Volatile)
         stored = [] if marks else self.spaces.private_runs()
+        if pool.cached:  # which knows better: also of stores through mappings that have ended
+            stored = [(0, pool.frames)]
         if generation == runtime.get("durable_generation") and runtime.get("intent") != INTENT_SYNC:
             for first, pages in stored:
                 pool.persistence.flush(first, pages)
