@@ -21,4 +21,5 @@ NAMES = (
     "directory",
     "open_pool",
     "dedupe",
+    "replacement",
 )

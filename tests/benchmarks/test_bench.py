@@ -64,7 +64,7 @@ def check(row):
 
 
 def test_every_file_is_on_the_list():
-    assert {path.stem for path in FOLDER.glob("*.py")} == {*NAMES, "harness", "workers", "__init__"}
+    assert {path.stem for path in FOLDER.glob("*.py")} == {*NAMES, "harness", "traces", "workers", "__init__"}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -109,7 +109,8 @@ def test_as_a_table():
 
 
 @pytest.mark.parametrize(
-    "name", ["clone_fragmented", "directory", "open_pool", "dedupe", "private_store", "shootdown", "parallel_stores"]
+    "name",
+    ["clone_fragmented", "directory", "open_pool", "dedupe", "private_store", "shootdown", "parallel_stores", "replacement"],
 )
 def test_each_file_runs_alone(name):
     out, err = finish(start(sys.executable, str(FOLDER.resolve() / f"{name}.py"), "--quick", "--json"))
