@@ -37,7 +37,7 @@ _WORDS = 1 << 20
 _OWNERS = _WORDS + DEVICES * SPAN * 8
 _WINDOWS = _OWNERS + DEVICES * COPIES * 8
 _SPACES = 1 << 16
-_SIZE = _WINDOWS + DEVICES * _SPACES * 8
+_SIZE = _WINDOWS + DEVICES * _SPACES * 16
 _CHUNK = 1 << 20
 
 CONTROL = Record(
@@ -58,7 +58,8 @@ CONTROL = Record(
         ("written", "u64", "frames", "written back"),
         ("errors", "u64", "", "requests that a device refused"),
         ("over", "u64", "", "times that nothing could be evicted, and the limit was passed"),
-        ("unused", "bytes[24]", "", ""),
+        ("mains", "u64", "frames", "of the resident ones: used again, or evicted too early"),
+        ("unused", "bytes[16]", "", ""),
         ("identities", f"bytes[{DEVICES * 32}]", "", f"{DEVICES} devices: the pool's uuid, st_dev, st_ino"),
         ("frames", f"bytes[{DEVICES * 8}]", "frames", "of each device; 0: none"),
         ("copies", f"bytes[{DEVICES * 8}]", "frames", "of each that inodes' copies have been given, ever"),
@@ -189,7 +190,7 @@ class CachedPool(Pool):
 
     def _fill(self, control: int) -> None:
         frames = self._limit or DEFAULT_CACHE
-        values = [MAGIC, LAYOUT, frames, *[0] * 10, b"", b"", b"", b"", b""]
+        values = [MAGIC, LAYOUT, frames, *[0] * 11, b"", b"", b"", b"", b""]
         for fd, size in ((control, _SIZE),):
             os.fchmod(fd, (self.status.st_mode & 0o666) | 0o600)
             os.ftruncate(fd, size)
@@ -284,6 +285,32 @@ class CachedPool(Pool):
         """Return the cache's figures."""
         names = ("limit", "resident", "kept", "fills", "hits", "evicted", "written", "errors", "over")
         return CacheInfo(f"{self.cache_path}.frames", *(self.counters[CONTROL.word(name)] for name in names))
+
+    def give_copies(self, space: int, pages: int) -> None:
+        """Policy per-inode: give an address space frames for copies of what it shares, `pages` of them. NoSpace.
+
+        Copies have addresses of their own, beyond the device's blocks, in a row as the file's pages are. When the file has grown
+        beyond them, it gets others; what still maps the old ones finds them absent, and looks again.
+        """
+        if self.policy != "per-inode":
+            return
+        taken = self.counters[CONTROL.word("copies") + self.number]
+        first, room = self.cache.window(space)
+        if first and room >= pages:
+            return
+        self.end_copies(space)
+        if taken + pages > SPAN - COPIES:
+            raise NoSpace("the cache has no addresses left for files' copies: open the pool anew", path=self.path)
+        self.counters[CONTROL.word("copies") + self.number] = taken + pages
+        self.cache.set_window(space, taken, pages)
+
+    def end_copies(self, space: int) -> None:
+        """Policy per-inode: forget an address space's copies."""
+        if self.policy == "per-inode":
+            first, pages = self.cache.window(space)
+            if first:
+                self.cache.set_window(space, 0, 0)
+                self.cache.drop_copies(first, pages)
 
     def expect_child(self) -> None:
         """Before a fork: make the child a user of the cache."""

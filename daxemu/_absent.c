@@ -7,6 +7,8 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+static __thread char *beyond; /* the last touch behind the end of a file: the second one is the program's */
+
 static size_t put_text(char *line, size_t at, const char *text)
 {
     size_t size = strlen(text);
@@ -50,7 +52,7 @@ static void complain(const struct region *r, uint64_t page, uint64_t block)
  */
 static int absent_block(struct cache *c, uint64_t pfn)
 {
-    int failed = cache_need(c, c->base + pfn, pfn, 1, 0);
+    int failed = cache_need(c, c->base + pfn, pfn, 1, NULL);
     if (failed) {
         mmap(c->pool + pfn * PAGE, PAGE, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
         __atomic_store_n(&c->failed_block, pfn, __ATOMIC_SEQ_CST);
@@ -96,7 +98,9 @@ int absent(char *address)
     struct engine *e = r ? r->engine : NULL;
     const uint64_t *entries = e && e->cache && e->alive ? entries_of(e, r->space) : NULL;
     uint64_t page = r ? (uint64_t)(address - r->address) / PAGE : 0;
-    uint64_t word = entries && page < e->spaces[r->space].pages ? __atomic_load_n(&entries[page], __ATOMIC_ACQUIRE) : 0;
+    if (entries && page >= e->spaces[r->space].pages)
+        entries = NULL;
+    uint64_t word = entries ? __atomic_load_n(&entries[page], __ATOMIC_ACQUIRE) : 0;
     if (word & PFN_MASK && !(word & BEYOND)) {
         struct cache *c = e->cache;
         uint64_t i = cache_frame(c, r->space, page, word), ahead = read_ahead(r, entries, page);
@@ -105,12 +109,18 @@ int absent(char *address)
             failed = map_around(r, page); /* the page had moved, and what we show here is where it was */
         else {
             guard_unlock();
-            failed = cache_need(c, i, word & PFN_MASK, ahead, 1);
+            failed = cache_need(c, i, word & PFN_MASK, ahead, i == c->base + (word & PFN_MASK) ? NULL : entries + page);
             guard_lock();
         }
         if (failed && (r = region_at(address)))
             complain(r, page, word & PFN_MASK);
-    }
+    } else if (entries && (!(word & BEYOND) || beyond != address)) {
+        /* What we show is a page that the file has lost, and nobody has told us yet; its frame is gone already. Behind the end that
+         * is a SIGBUS, once it is mapped so: the next one. */
+        beyond = word & BEYOND ? address : NULL;
+        failed = map_around(r, page);
+    } else
+        beyond = NULL;
     guard_unlock();
     fault_leave();
     return failed;

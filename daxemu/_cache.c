@@ -131,7 +131,7 @@ void frame_note(const struct cache *c, uint64_t i, uint64_t flags)
 
 uint64_t cache_frame(const struct cache *c, uint32_t space, uint64_t page, uint64_t word)
 {
-    uint64_t window = c->windows && !(word & PRIVATE) ? __atomic_load_n(&c->windows[space], __ATOMIC_SEQ_CST) : 0;
+    uint64_t window = c->windows && !(word & PRIVATE) ? __atomic_load_n(&c->windows[2 * space], __ATOMIC_SEQ_CST) : 0;
     return window ? window + page : c->base + (word & PFN_MASK);
 }
 
@@ -224,7 +224,16 @@ static int fill(struct cache *c, uint64_t i, uint64_t pfn, uint64_t frames)
     return failed;
 }
 
-int cache_need(struct cache *c, uint64_t i, uint64_t pfn, uint64_t ahead, int mapped)
+/* Whether the copies held are still of what the entries say: who changes an entry drops the copy afterwards, and waits for us. */
+static int is_current(const uint64_t *entries, uint64_t pfn, uint64_t frames)
+{
+    for (uint64_t n = 0; entries && n < frames; n++)
+        if ((__atomic_load_n(&entries[n], __ATOMIC_SEQ_CST) & (PFN_MASK | PRIVATE | BEYOND)) != pfn + n)
+            return 0;
+    return 1;
+}
+
+int cache_need(struct cache *c, uint64_t i, uint64_t pfn, uint64_t ahead, const uint64_t *entries)
 {
     uint64_t seen = __atomic_load_n(&c->words[i], __ATOMIC_SEQ_CST), before[AHEAD], frames = 1;
     if (seen & F_RESIDENT && !(seen & F_HOLDER)) {
@@ -243,6 +252,11 @@ int cache_need(struct cache *c, uint64_t i, uint64_t pfn, uint64_t ahead, int ma
             frame_release(c, i + frames, before[frames]);
             break;
         }
+    if (!is_current(entries, pfn, frames)) { /* the touch comes again, and finds another frame */
+        for (uint64_t n = 0; n < frames; n++)
+            frame_release(c, i + n, before[n]);
+        return 0;
+    }
     promise(c, frames);
     int failed = fill(c, i, pfn, frames);
     if (failed && frames > 1) { /* then what was asked for, alone */
@@ -260,7 +274,7 @@ int cache_need(struct cache *c, uint64_t i, uint64_t pfn, uint64_t ahead, int ma
     __atomic_fetch_add(&c->header->inserted, frames, __ATOMIC_RELAXED);
     __atomic_fetch_add(&c->header->fills, frames, __ATOMIC_RELAXED);
     for (uint64_t n = 0; n < frames; n++)
-        frame_release(c, i + n, frame_came_in(c, before[n]) | (mapped ? F_FREQ_ONE : 0));
+        frame_release(c, i + n, frame_came_in(c, before[n]));
     return 0;
 }
 
@@ -429,6 +443,13 @@ int cache_flush(struct cache *c)
     return device_flush(&c->device);
 }
 
+void cache_moved(struct cache *c, uint32_t space, uint64_t page, uint64_t pages)
+{
+    uint64_t window = c->windows ? __atomic_load_n(&c->windows[2 * space], __ATOMIC_SEQ_CST) : 0;
+    if (window)
+        cache_drop(c, window + page, pages);
+}
+
 void cache_drop(struct cache *c, uint64_t i, uint64_t pages)
 {
     for (uint64_t end = i + pages; i < end;) {
@@ -442,6 +463,7 @@ void cache_drop(struct cache *c, uint64_t i, uint64_t pages)
                 __atomic_fetch_sub(&c->header->kept, 1, __ATOMIC_RELAXED);
             if (flags & F_RESIDENT)
                 take_back(c, 1);
+            frame_left(c, flags);
             frame_note(c, i + run, 0);
             run++;
         }

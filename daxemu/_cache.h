@@ -48,7 +48,8 @@ struct cache_header { /* at the start of the control file; blkcache/cache.py dec
     uint64_t kept;
     uint64_t hand;     /* of the sweep: counts frames */
     uint64_t inserted, evicted, fills, hits, written, errors, over;
-    uint64_t unused[3];
+    uint64_t mains;    /* of the resident: used again; see _evict.c */
+    uint64_t unused[2];
     uint64_t identities[DEVICES][4]; /* of the pools: uuid, st_dev, st_ino */
     uint64_t frames[DEVICES]; /* of each device; 0: none */
     uint64_t copies[DEVICES]; /* frames of each that inodes' copies have been given, ever */
@@ -56,7 +57,7 @@ struct cache_header { /* at the start of the control file; blkcache/cache.py dec
 };
 #define WORDS_AT (1ull << 20)                        /* bytes into the control file */
 #define OWNERS_AT (WORDS_AT + DEVICES * SPAN * 8)    /* per frame of a device: who may store there, space << 32 | page */
-#define WINDOWS_AT (OWNERS_AT + DEVICES * COPIES * 8) /* per device and space: first frame of the inode's copies; 0: none */
+#define WINDOWS_AT (OWNERS_AT + DEVICES * COPIES * 8) /* per device and space: first frame of the inode's copies, 0: none; how many */
 
 struct cache {
     struct cache *next;
@@ -84,14 +85,17 @@ void frame_release(const struct cache *c, uint64_t i, uint64_t flags);
 void frame_note(const struct cache *c, uint64_t i, uint64_t flags); /* what who takes over from us shall find */
 int frame_is_block(const struct cache *c, uint64_t i);              /* of our device; not a copy, not another's */
 uint64_t frame_came_in(const struct cache *c, uint64_t before);     /* flags of one that has been filled */
+void frame_left(const struct cache *c, uint64_t flags);              /* one that had these is absent now */
 void frames_punch(const struct cache *c, uint64_t i, uint64_t frames);
 int frames_write(struct cache *c, uint64_t i, uint64_t frames);     /* held, of our device */
 void frames_evict(struct cache *c, uint64_t want);                  /* as many as can be; _evict.c */
 
 int cache_watch(struct cache *c, void *address, uint64_t length);
 uint64_t cache_frame(const struct cache *c, uint32_t space, uint64_t page, uint64_t word); /* index of what a mapping shows */
-/* Make frame `i` resident, whose content is block `pfn`'s, and up to `ahead` frames behind it that are absent, too. 0 or errno. */
-int cache_need(struct cache *c, uint64_t i, uint64_t pfn, uint64_t ahead, int mapped);
+/* Make frame `i` resident, whose content is block `pfn`'s, and up to `ahead` frames behind it that are absent, too. Of copies,
+ * `entries` says what they are of; when it has changed, nothing happens. 0 or errno. */
+int cache_need(struct cache *c, uint64_t i, uint64_t pfn, uint64_t ahead, const uint64_t *entries);
+void cache_moved(struct cache *c, uint32_t space, uint64_t page, uint64_t pages); /* entries have changed: copies count no more */
 int cache_store(struct cache *c, uint64_t offset, const char *from, uint64_t size);
 int cache_copy(struct cache *c, uint64_t from, uint64_t to); /* one page between blocks; `from` 0: zeros */
 int cache_clear(struct cache *c, uint64_t pfn, uint64_t first, uint64_t end);

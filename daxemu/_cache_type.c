@@ -44,7 +44,7 @@ static void cache_close_all(Cache *self)
     if (c->owners)
         munmap(c->owners, COPIES * 8);
     if (c->windows)
-        munmap(c->windows, SPACES * 8);
+        munmap(c->windows, SPACES * 16);
     if (c->bounce)
         munmap(c->bounce, BOUNCE);
     int *fds[] = {&c->control_fd, &c->frames_fd, &c->uffd, &c->child_fd};
@@ -96,7 +96,7 @@ static PyObject *cache_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     c->header = map_control(control_fd, 0, WORDS_AT);
     c->words = map_control(control_fd, WORDS_AT, DEVICES * SPAN * 8);
     c->owners = map_control(control_fd, OWNERS_AT + number * COPIES * 8, COPIES * 8);
-    c->windows = per_inode ? map_control(control_fd, WINDOWS_AT + number * (SPACES * 8ull), SPACES * 8) : NULL;
+    c->windows = per_inode ? map_control(control_fd, WINDOWS_AT + number * (SPACES * 16ull), SPACES * 16) : NULL;
     c->bounce = mmap(NULL, BOUNCE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
     if (c->bounce == MAP_FAILED)
         c->bounce = NULL;
@@ -182,7 +182,7 @@ static PyObject *cache_fetch(PyObject *object, PyObject *args)
     if (!c)
         return NULL;
     QUIETLY(for (uint64_t n = 0; n < pages && !failed; n++)
-                failed = cache_need(c, c->base + pfn + n, pfn + n, pages - n, 0));
+                failed = cache_need(c, c->base + pfn + n, pfn + n, pages - n, NULL));
     return result(failed);
 }
 
@@ -293,14 +293,15 @@ static PyObject *cache_set_window(PyObject *object, PyObject *args)
 {
     struct cache *c = cache_of(object);
     unsigned int space;
-    unsigned long long first;
-    if (!c || !PyArg_ParseTuple(args, "IK", &space, &first))
+    unsigned long long first, pages;
+    if (!c || !PyArg_ParseTuple(args, "IKK", &space, &first, &pages))
         return NULL;
-    if (!c->windows || space >= SPACES || first > SPAN - COPIES) {
+    if (!c->windows || space >= SPACES || first > SPAN - COPIES || pages > SPAN - COPIES - first) {
         PyErr_SetString(PyExc_ValueError, "no copies for inodes in this cache, or no such space");
         return NULL;
     }
-    __atomic_store_n(&c->windows[space], c->base + COPIES + first, __ATOMIC_SEQ_CST);
+    c->windows[2 * space + 1] = pages;
+    __atomic_store_n(&c->windows[2 * space], pages ? c->base + COPIES + first : 0, __ATOMIC_SEQ_CST);
     Py_RETURN_NONE;
 }
 
@@ -310,8 +311,8 @@ static PyObject *cache_window(PyObject *object, PyObject *args)
     unsigned int space;
     if (!c || !PyArg_ParseTuple(args, "I", &space))
         return NULL;
-    uint64_t first = c->windows && space < SPACES ? c->windows[space] : 0;
-    return PyLong_FromUnsignedLongLong(first);
+    int has = c->windows && space < SPACES;
+    return Py_BuildValue("(KK)", has ? (unsigned long long)c->windows[2 * space] : 0, has ? (unsigned long long)c->windows[2 * space + 1] : 0);
 }
 
 static PyObject *cache_drop_copies(PyObject *object, PyObject *args)
@@ -359,8 +360,8 @@ static PyMethodDef cache_methods[] = {
     {"shrink", cache_shrink, METH_NOARGS, "shrink(): evict down to the limit."},
     {"error", cache_error, METH_NOARGS, "error() -> (errno, pfn) or None: a block that the pool's memory could not show since the last call."},
     {"expect_child", cache_expect_child, METH_VARARGS, "expect_child(control_fd): a user's number for the next fork's child, on a description of its own."},
-    {"set_window", cache_set_window, METH_VARARGS, "set_window(space, first): where an inode's copies begin, counted from the device's first copy."},
-    {"window", cache_window, METH_VARARGS, "window(space) -> frame: where an inode's copies begin; 0: it has none."},
+    {"set_window", cache_set_window, METH_VARARGS, "set_window(space, first, pages): an inode's copies, counted from the device's first one; 0 pages: it has none."},
+    {"window", cache_window, METH_VARARGS, "window(space) -> (frame, pages): an inode's copies; 0: it has none."},
     {"drop_copies", cache_drop_copies, METH_VARARGS, "drop_copies(frame, frames): forget copies of an inode."},
     {"close", cache_close, METH_NOARGS, "close(): let go of the cache; nothing may be mapped any more."},
     {NULL, NULL, 0, NULL},

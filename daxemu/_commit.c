@@ -233,6 +233,8 @@ static void apply_block(struct engine *e, uint32_t space, uint64_t *entries, uin
                 __atomic_fetch_add(&c->strays, 1, __ATOMIC_RELAXED);
             }
             __atomic_store_n(&entries[page], want, __ATOMIC_SEQ_CST);
+            if (e->cache)
+                cache_moved(e->cache, space, page, 1);
             if (*low >= *high)
                 *low = page, *high = page + 1;
             else {

@@ -2,35 +2,62 @@
 #define _GNU_SOURCE
 #include "_cache.h"
 
+/*
+ * The policy is S3-FIFO's (Yang et al., SOSP 2023) without its queues: a sweep over the words, and stamps in place of order. Which
+ * rules and constants is measured in benchmarks/replacement.py, which does the same in Python.
+ *
+ * A frame comes in as one of the small part, or, if it was evicted not long ago, of the main part. Of the small part a frame that was
+ * used twice moves to the main part when the sweep comes by, others go; it has PASSED units of time before that. Of the main part a
+ * frame goes if it has not been used as often as the sweep has come by; but nothing of it goes while the small part has its share.
+ * What is dirty costs more to evict: it is passed over for a while.
+ */
+enum { UNITS = 32, PASSED = 2, USES = 2, SHARE = 5, SPARED = 16, LAPS = 5 };
+
+static uint64_t now(const struct cache *c)
+{
+    uint64_t unit = c->header->limit / UNITS + 1;
+    return (__atomic_load_n(&c->header->inserted, __ATOMIC_RELAXED) / unit + UNITS + 1) & 0xffff;
+}
+
 static uint64_t age(const struct cache *c, uint64_t flags)
 {
-    uint64_t unit = c->header->limit / 64 + 1, now = __atomic_load_n(&c->header->inserted, __ATOMIC_RELAXED) / unit;
-    return (now - (flags >> F_STAMP)) & 0xffff;
+    return (now(c) - (flags >> F_STAMP)) & 0xffff;
 }
 
-static uint64_t stamp(const struct cache *c)
-{
-    uint64_t unit = c->header->limit / 64 + 1;
-    return (__atomic_load_n(&c->header->inserted, __ATOMIC_RELAXED) / unit) << F_STAMP;
-}
-
-/* The flags of a frame that comes in, of which the word had said `before`. */
 uint64_t frame_came_in(const struct cache *c, uint64_t before)
 {
-    uint64_t in_ghost = before >> F_STAMP && age(c, before) < 64;
-    return F_RESIDENT | (in_ghost ? F_MAIN : 0) | stamp(c);
+    int main = before >> F_STAMP && age(c, before) < UNITS;
+    if (main)
+        __atomic_fetch_add(&c->header->mains, 1, __ATOMIC_RELAXED);
+    return F_RESIDENT | (main ? F_MAIN : 0) | now(c) << F_STAMP;
 }
 
-/* Whether the sweep takes this frame, in its `lap`th round; else *flags is what stays. */
-static int is_victim(const struct cache *c, uint64_t *flags, int lap)
+void frame_left(const struct cache *c, uint64_t flags)
 {
-    if (!(*flags & F_RESIDENT) || *flags & F_KEPT)
+    if (flags & F_MAIN)
+        __atomic_fetch_sub(&c->header->mains, 1, __ATOMIC_RELAXED);
+}
+
+/* Whether the sweep takes this frame; else *flags is what it becomes. `late`: it has been all the way round. */
+static int is_victim(const struct cache *c, uint64_t *flags, int late)
+{
+    if (!(*flags & F_RESIDENT) || *flags & F_KEPT || (*flags & F_DIRTY && !late && age(c, *flags) < SPARED))
         return 0;
-    if (*flags & F_FREQ && lap < 3) {
-        *flags = (*flags & F_MAIN) ? *flags - F_FREQ_ONE : (*flags & ~F_FREQ) | F_MAIN;
+    if (*flags & F_MAIN) {
+        const struct cache_header *h = c->header;
+        if (!late && h->resident - h->mains >= h->limit / SHARE)
+            return 0;
+        if (!(*flags & F_FREQ))
+            return 1;
+        *flags -= F_FREQ_ONE;
         return 0;
     }
-    return lap || (*flags & F_MAIN ? age(c, *flags) >= 48 : age(c, *flags) >= 6);
+    if (!late && age(c, *flags) < PASSED)
+        return 0;
+    if ((*flags & F_FREQ) < USES * F_FREQ_ONE)
+        return 1;
+    *flags = (*flags & ~F_FREQ) | F_MAIN;
+    return 0;
 }
 
 /* Where the sweep is: frames of all devices, and the copies, one after the other. */
@@ -125,8 +152,10 @@ static uint32_t let_go(struct cache *c, const uint64_t *victims, uint64_t *flags
         frames_punch(c, victims[n], run);
         __atomic_fetch_sub(&c->header->resident, run, __ATOMIC_SEQ_CST);
         __atomic_fetch_add(&c->header->evicted, run, __ATOMIC_RELAXED);
-        for (uint32_t k = n; k < n + run; k++)
-            frame_release(c, victims[k], stamp(c));
+        for (uint32_t k = n; k < n + run; k++) {
+            frame_left(c, flags[k]);
+            frame_release(c, victims[k], now(c) << F_STAMP);
+        }
     }
     return stayed;
 }
@@ -135,7 +164,7 @@ static uint32_t let_go(struct cache *c, const uint64_t *victims, uint64_t *flags
 void frames_evict(struct cache *c, uint64_t want)
 {
     uint64_t victims[BATCH], flags[BATCH], length = sweep_length(c), swept = 0;
-    for (int lap = 0; lap < 5 && want; swept = 0, lap++)
+    for (int lap = 0; lap < LAPS && want; swept = 0, lap++)
         while (swept < length && want) {
             uint64_t left, step = BATCH, position = __atomic_fetch_add(&c->header->hand, step, __ATOMIC_SEQ_CST) % length;
             uint32_t count = 0;
@@ -145,9 +174,11 @@ void frames_evict(struct cache *c, uint64_t want)
                 if (seen & (F_HOLDER | F_WAITED))
                     continue;
                 int foreign = !frame_is_block(c, i);
-                if (!is_victim(c, &keep, lap) || (foreign && seen & F_DIRTY) || (seen & F_WRITABLE && !c->engine)) {
-                    if (keep != seen)
-                        __atomic_compare_exchange_n(&c->words[i], &seen, keep, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
+                if (!is_victim(c, &keep, lap > 0) || (foreign && seen & F_DIRTY) || (seen & F_WRITABLE && !c->engine)) {
+                    uint64_t moved = (keep & ~seen) & F_MAIN;
+                    if (keep != seen &&
+                        __atomic_compare_exchange_n(&c->words[i], &seen, keep, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST) && moved)
+                        __atomic_fetch_add(&c->header->mains, 1, __ATOMIC_RELAXED);
                 } else if (frame_hold(c, i, 0, &flags[count])) {
                     if (!(flags[count] & F_RESIDENT) || flags[count] & F_KEPT)
                         frame_release(c, i, flags[count]); /* it changed at that moment */

@@ -237,6 +237,8 @@ static int break_sharing(struct engine *e, uint32_t record, uint32_t space, uint
         if (p == (*low + *high) / 2)
             STEP(AT_HALF);
     }
+    if (e->cache)
+        cache_moved(e->cache, space, *low, *high - *low);
     __atomic_store_n(&m->count, 0, __ATOMIC_SEQ_CST);
     __atomic_fetch_add(&s->dirty, 1, __ATOMIC_SEQ_CST); /* after the entries: who clears it looks at them then */
     STEP(AT_ENTERED);

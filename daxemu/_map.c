@@ -147,7 +147,7 @@ void evict(struct region *r)
 
 static int continues(struct region *r, uint64_t word, uint64_t next, uint64_t by)
 {
-    if ((word ^ next) & BEYOND || (r->writable && (word ^ next) & PRIVATE))
+    if ((word ^ next) & BEYOND || ((r->writable || r->engine->cache) && (word ^ next) & PRIVATE))
         return 0;
     uint64_t pfn = word & PFN_MASK;
     return (next & PFN_MASK) == (pfn && !(word & BEYOND) ? pfn + by : pfn);

@@ -130,6 +130,12 @@ class Pool:
         """Return a page as a power cut would leave it, as far as that can be told."""
         return bytes(self.bytes[pfn * PAGE : (pfn + 1) * PAGE])
 
+    def give_copies(self, space: int, pages: int) -> None:
+        """Before an inode's address space is mapped, up to `pages`: it shows the pool's frames."""
+
+    def end_copies(self, space: int) -> None:
+        """An address space has ended."""
+
     def expect_child(self) -> None:
         """Before a fork."""
 

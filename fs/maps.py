@@ -63,6 +63,7 @@ class Maps:
         self._attach(index)
         try:
             self._give_entries(index, inode, view, pages, writable=writable or mount.pool.cached)
+            mount.pool.give_copies(index, max(pages, self.spaces.pages(index)))
             # We are a mapper now: whatever changes an entry from here on, we are told.
             self.engine.add(mapping, index, writable, granule)
             mapping.attached(self, index, inode.subvolume, inode.number, writable=writable)
