@@ -117,6 +117,7 @@ struct engine {
     struct counters *counters;
     struct run *log;
     uint64_t *incarnations, incarnation; /* of all slots, 8 words apart; and of ours */
+    uint64_t gone[SLOTS]; /* 1 + the incarnation in which a slot's holder was seen dead: it need not be waited for again */
     uint64_t *live, *free, *floor, *log_count, *log_generation, *log_owner, *spaces_used;
     uint64_t windows, frames, reserve;
     int runtime_fd, pool_fd, end_fd;

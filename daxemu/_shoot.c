@@ -54,6 +54,16 @@ static void ring(struct engine *e, uint32_t record, uint32_t slot)
     futex_wake(&bell->futex);
 }
 
+/* A slot's next holder has another incarnation before it maps anything: the one that is seen dead here is never waited for again. */
+static int is_gone(struct engine *e, uint32_t slot)
+{
+    uint64_t holder = __atomic_load_n(&e->incarnations[slot * 8], __ATOMIC_SEQ_CST);
+    if (slot_alive(e, slot))
+        return 0;
+    __atomic_store_n(&e->gone[slot], 1 + holder, __ATOMIC_SEQ_CST);
+    return 1;
+}
+
 /*
  * Return how many have not answered, one of them in *left. A look skips the dead, and who maps the space no more: a dead one's
  * slot may be somebody else's by now. It rings again for the others: a slot's new holder has never heard the bell.
@@ -66,7 +76,7 @@ static int waiting(struct engine *e, uint32_t record, int look, uint32_t *left)
     for (uint32_t w = 0; w < SLOTS / 32; w++)
         for (uint32_t bits = (uint32_t)__atomic_load_n(&m->acks[w], __ATOMIC_ACQUIRE); bits; bits &= bits - 1) {
             uint32_t slot = w * 32 + (uint32_t)__builtin_ctz(bits);
-            if (look && (!slot_alive(e, slot) || !(__atomic_load_n(&mappers[slot / 64], __ATOMIC_SEQ_CST) >> slot % 64 & 1))) {
+            if (look && (is_gone(e, slot) || !(__atomic_load_n(&mappers[slot / 64], __ATOMIC_SEQ_CST) >> slot % 64 & 1))) {
                 __atomic_fetch_and(&m->acks[w], ~(1ull << slot % 32), __ATOMIC_SEQ_CST);
                 continue;
             }
@@ -93,6 +103,11 @@ int shoot(struct engine *e, uint32_t record, uint32_t space, int kind, uint64_t 
         uint32_t targets = (uint32_t)(w % 2 ? mappers >> 32 : mappers);
         if (w == e->slot / 32)
             targets &= ~(1u << e->slot % 32);
+        for (uint32_t bits = targets; bits; bits &= bits - 1) { /* the dead whom nobody has reaped yet */
+            uint32_t slot = w * 32 + (uint32_t)__builtin_ctz(bits);
+            if (__atomic_load_n(&e->gone[slot], __ATOMIC_SEQ_CST) == 1 + __atomic_load_n(&e->incarnations[slot * 8], __ATOMIC_SEQ_CST))
+                targets &= ~(1u << slot % 32);
+        }
         __atomic_store_n(&m->acks[w], (uint64_t)m->number << 32 | targets, __ATOMIC_SEQ_CST); /* the message stands before this */
         any |= targets;
     }
@@ -103,7 +118,7 @@ int shoot(struct engine *e, uint32_t record, uint32_t space, int kind, uint64_t 
         for (uint32_t bits = (uint32_t)__atomic_load_n(&m->acks[w], __ATOMIC_RELAXED); bits; bits &= bits - 1)
             ring(e, record, w * 32 + (uint32_t)__builtin_ctz(bits));
     uint32_t slot = 0;
-    int said = 0, spins = 200;
+    int said = 0, spins = 200, waits = 0;
     for (;;) {
         uint32_t seen = __atomic_load_n(&m->futex, __ATOMIC_SEQ_CST);
         if (!waiting(e, record, 0, &slot))
@@ -113,7 +128,7 @@ int shoot(struct engine *e, uint32_t record, uint32_t space, int kind, uint64_t 
                 __asm__ volatile("" ::: "memory");
             continue;
         }
-        if (futex_wait(&m->futex, seen, 20) != ETIMEDOUT)
+        if (futex_wait(&m->futex, seen, waits++ ? 20 : 1) != ETIMEDOUT)
             continue;
         if (!waiting(e, record, 1, &slot))
             break;

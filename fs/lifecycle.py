@@ -161,8 +161,10 @@ def sweep() -> list[str]:
             if len(data) < runtime.HEADER.size:
                 continue
             header = runtime.HEADER.unpack(data)
+            if (header["magic"], header["layout"]) != (runtime.MAGIC, runtime.LAYOUT):
+                continue  # half-built, or another version's
             where = os.fsdecode(bytes(header["path"]).rstrip(b"\0"))
-            if header["magic"] != runtime.MAGIC or not where or slots.in_use(fd):
+            if not where or "\0" in where or slots.in_use(fd):
                 continue
             try:
                 status = os.stat(where)

@@ -202,6 +202,30 @@ def test_what_is_in_use_is_not_swept_away(small, paths, user, new_path):
     assert not any(map(os.path.exists, paths))
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("magic", bytes(8)),
+        ("layout", (runtime.LAYOUT + 1).to_bytes(8, "little")),
+        ("path", b"\1\0/dev/shm"),
+        ("path", bytes(9)),
+    ],
+)
+def test_what_it_does_not_understand_is_not_swept_away(small, paths, user, new_path, field, value):
+    """Another version's run-time file, one that is half-built, or damage: not ours to delete, no reason not to make a pool."""
+    user.close()
+    os.unlink(small)
+    with open(paths[0], "r+b") as file:
+        file.seek(HEADER.offset[field])
+        file.write(value)
+    try:
+        onecopy.format(new_path(), "4M")
+        assert all(map(os.path.exists, paths))
+    finally:
+        for path in paths:
+            os.unlink(path)
+
+
 def test_a_pool_may_be_removed_while_another_process_sweeps(small, paths, user, monkeypatch):
     """The sweeper finds the pool gone and is faster with its run-time files."""
     user.close()
