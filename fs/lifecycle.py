@@ -1,4 +1,4 @@
-"""A pool's life: format, open, check, remove; and sweeping up run-time files whose pool is gone."""
+"""A pool's life: format, open, also as a raw device, check, remove; and sweeping up run-time files whose pool is gone."""
 
 import contextlib
 import errno
@@ -7,13 +7,16 @@ from collections.abc import Iterable
 
 from onecopy.daxemu import pool as pools
 from onecopy.daxemu import runtime, slots
-from onecopy.daxemu.errors import NotAPool, OneCopyError, PoolBusy
+from onecopy.daxemu.errors import NotAPool, OneCopyError, PoolBusy, invalid
 from onecopy.daxemu.locks import RankedLock, open_private, try_mount
 from onecopy.daxemu.pool import Pool
+from onecopy.daxemu.raw import BUSY, RawDevice
 from onecopy.daxemu.units import parse_size
 from onecopy.fs.check import CheckReport, check_pool
 from onecopy.fs.filesystem import FileSystem, PoolInfo
 from onecopy.fs.rebuild import make_trees
+
+_ATTEMPTS = 8  # at a raw device, while others use the file system in between
 
 
 def format(path: str | os.PathLike[str], size: int | str = "8G", *, force: bool = False, mode: int = 0o600) -> PoolInfo:
@@ -36,6 +39,30 @@ def open(path: str | os.PathLike[str], mode: str = "r+") -> FileSystem:
     Raises FileNotFoundError, PermissionError, NotAPool, PoolVersionError, CorruptRecord, PoolBusy, RuntimeLost.
     """
     return FileSystem(path, mode)
+
+
+def open_device(path: str | os.PathLike[str], mode: str = "r+") -> RawDevice:
+    """Open a pool as a raw device, past the file system: its frames by PFN, none of them hidden. See `RawDevice`.
+
+    "r+" waits for nobody and keeps everybody out (PoolBusy, here and there). What processes that died left unsynced is synced
+    first; then the run-time file is deleted, so that the next `open` believes nothing but the pool. "r" looks at a pool that
+    may be in use; when there is no run-time file, the first `open` must wait for its end (PoolBusy).
+
+    Raises what `open` raises; CorruptRecord also when what was not synced can't be: deleting the run-time file gives it up.
+    """
+    if mode not in ("r", "r+"):
+        raise invalid(f"mode {mode!r}: it must be 'r' or 'r+'")
+    for _ in range(_ATTEMPTS):
+        device = RawDevice(path, writable=mode == "r+")
+        try:
+            if mode == "r" or device.forget_runtime():
+                return device
+        except BaseException:
+            device.close()
+            raise
+        device.close()
+        open(path).close()
+    raise PoolBusy("processes that end without a sync keep coming; try again", path=os.fspath(path))
 
 
 def check(path: str | os.PathLike[str]) -> CheckReport:
@@ -87,7 +114,7 @@ class _Exclusive(_Nothing):
         self.fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         if not try_mount(self.fd, exclusive=True):
             os.close(self.fd)
-            raise PoolBusy("processes have the pool open; 'onecopy info' lists them", path=path)
+            raise PoolBusy(BUSY, path=path)
         try:
             pool = Pool(path, writable=False)
         except OneCopyError:
@@ -129,7 +156,8 @@ def sweep() -> list[str]:
                 continue
             header = runtime.HEADER.unpack(data)
             where = os.fsdecode(bytes(header["path"]).rstrip(b"\0"))
-            if header["magic"] != runtime.MAGIC or not where or slots.in_use(fd):
+            ours = header["magic"] == runtime.MAGIC and header["layout"] == runtime.LAYOUT
+            if not ours or not where or slots.in_use(fd):
                 continue
             try:
                 status = os.stat(where)

@@ -18,12 +18,12 @@ from onecopy.blkcache.limbo import INTENT_RECLAIM, Limbo
 from onecopy.blkcache.spaces import Spaces
 from onecopy.daxemu import slots
 from onecopy.daxemu._fault import Engine
-from onecopy.daxemu.errors import NoSpace, OneCopyError, ReadOnly, RuntimeLost, posix
+from onecopy.daxemu.errors import NoSpace, OneCopyError, ReadOnly, posix
 from onecopy.daxemu.locks import RankedLock, reopen, try_mount
 from onecopy.daxemu.mapping import Mapping
 from onecopy.daxemu.persist import Volatile, persistence_of
 from onecopy.daxemu.pool import Pool
-from onecopy.daxemu.runtime import W, attach, finish, open_lock, runtime_paths
+from onecopy.daxemu.runtime import W, attach, finish, not_alone, open_lock, runtime_paths
 from onecopy.daxemu.slots import Slot
 from onecopy.daxemu.steps import reach
 from onecopy.fs import counts, rebuild, superblock
@@ -71,7 +71,7 @@ class Mount:
         if not empty and self._is_stale():
             self.runtime.close()
             if not try_mount(self.pool.fd, exclusive=True):
-                raise RuntimeLost("the pool file was replaced while processes use it; end them", path=self.pool.path)
+                raise not_alone(self.pool, "the pool file was replaced while processes use it; end them")
             os.unlink(self.runtime.path)
             self.runtime, empty = attach(self.pool, self.lock)
         try:
