@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from onecopy.daxemu._fault import Words
-from onecopy.daxemu.errors import NoSpace, PoolBusy, RuntimeLost
-from onecopy.daxemu.locks import RankedLock, open_private, try_mount
+from onecopy.daxemu.errors import NoSpace, OneCopyError, PoolBusy, RuntimeLost
+from onecopy.daxemu.locks import RankedLock, has_raw_readers, open_private, try_mount
 from onecopy.daxemu.pool import POLICIES, Pool, fallocate, release
 from onecopy.daxemu.record import Record
 from onecopy.daxemu.units import PAGE
@@ -375,6 +375,42 @@ def _no_permission(path: str) -> PermissionError:
     )
 
 
+_EXCLUSIVE = "the pool is being formatted or repaired, or open as a raw device; try again when that is done"
+
+
+def not_alone(pool: Pool, lost: str) -> OneCopyError:
+    """Return the error for who must make a run-time file and did not get the mount lock; `lost`: if users hold it."""
+    if not try_mount(pool.fd, exclusive=False):
+        return PoolBusy(_EXCLUSIVE, path=pool.path)
+    if has_raw_readers(pool.fd):
+        return PoolBusy(
+            "the pool is open as a raw device, and its run-time file must be built first; close that", path=pool.path
+        )
+    return RuntimeLost(lost, path=pool.path)
+
+
+def is_settled(pool: Pool) -> bool:
+    """Return True when nothing would be lost with the pool's run-time file: there is none, or all in it has been synced.
+
+    The caller holds the mount lock exclusively.
+    """
+    try:
+        fd = open_private(runtime_paths(pool)[0], os.O_RDONLY)
+    except FileNotFoundError:
+        return True
+    try:
+        header = HEADER.unpack(os.pread(fd, HEADER.size, 0).ljust(HEADER.size, b"\0"))
+        if header["magic"] != MAGIC or header["layout"] != LAYOUT or header["frames"] != pool.frames:
+            return True  # nobody would use it
+        state = STATE.unpack(os.pread(fd, STATE.size, HEADER.size).ljust(STATE.size, b"\0"))
+        counters = COUNTERS.unpack(os.pread(fd, COUNTERS.size, Layout(pool.frames).counters).ljust(COUNTERS.size, b"\0"))
+    finally:
+        os.close(fd)
+    live = state["live_generation"]
+    finished = not state["intent"] and not state["log_count"] and state["taken_generation"] <= live
+    return bool(finished and live == state["durable_generation"] and not counters["dirty"] and not counters["held"])
+
+
 def attach(pool: Pool, lock: RankedLock) -> tuple[Runtime, bool]:
     """Attach to the pool's run-time file, or make an empty one; True with it when it must be filled (see `finish`).
 
@@ -402,13 +438,13 @@ def attach(pool: Pool, lock: RankedLock) -> tuple[Runtime, bool]:
     if fd >= 0:
         if not try_mount(pool.fd, exclusive=False):
             os.close(fd)
-            raise PoolBusy("the pool is being formatted or repaired; try again when that is done", path=pool.path)
+            raise PoolBusy(_EXCLUSIVE, path=pool.path)
         return Runtime(pool, fd, path, lock), False
     if not try_mount(pool.fd, exclusive=True):
-        raise RuntimeLost(
+        raise not_alone(
+            pool,
             f"the run-time file {path} or its lock file was deleted or damaged while processes use the pool; "
             "end them ('fuser' on the pool names them), then open it again",
-            path=pool.path,
         )
     return Runtime(pool, _create(pool, path, lock.fd), path, lock), True
 

@@ -1,4 +1,4 @@
-"""A pool's life: format, open, check, remove; and sweeping up run-time files whose pool is gone."""
+"""A pool's life: format, open, also as a raw device, check, remove; and sweeping up run-time files whose pool is gone."""
 
 import contextlib
 import errno
@@ -12,10 +12,13 @@ from onecopy.daxemu import runtime, slots
 from onecopy.daxemu.errors import NotAPool, OneCopyError, PoolBusy, invalid
 from onecopy.daxemu.locks import RankedLock, open_private, try_mount
 from onecopy.daxemu.pool import POLICIES, Pool
+from onecopy.daxemu.raw import BUSY, RawDevice
 from onecopy.daxemu.units import PAGE, parse_size
 from onecopy.fs.check import CheckReport, check_pool
 from onecopy.fs.filesystem import FileSystem, PoolInfo
 from onecopy.fs.rebuild import make_trees
+
+_ATTEMPTS = 8  # at a raw device, while others use the file system in between
 
 
 def format(
@@ -71,6 +74,30 @@ def open(
     return FileSystem(path, mode, cache=CacheOptions(policy, _pages(cache_size), cache, device))
 
 
+def open_device(path: str | os.PathLike[str], mode: str = "r+") -> RawDevice:
+    """Open a pool as a raw device, past the file system: its frames by PFN, none of them hidden. See `RawDevice`.
+
+    "r+" waits for nobody and keeps everybody out (PoolBusy, here and there). What processes that died left unsynced is synced
+    first; then the run-time file is deleted, so that the next `open` believes nothing but the pool. "r" looks at a pool that
+    may be in use; when there is no run-time file, the first `open` must wait for its end (PoolBusy).
+
+    Raises what `open` raises; CorruptRecord also when what was not synced can't be: deleting the run-time file gives it up.
+    """
+    if mode not in ("r", "r+"):
+        raise invalid(f"mode {mode!r}: it must be 'r' or 'r+'")
+    for _ in range(_ATTEMPTS):
+        device = RawDevice(path, writable=mode == "r+")
+        try:
+            if mode == "r" or device.forget_runtime():
+                return device
+        except BaseException:
+            device.close()
+            raise
+        device.close()
+        open(path).close()
+    raise PoolBusy("processes that end without a sync keep coming; try again", path=os.fspath(path))
+
+
 def check(path: str | os.PathLike[str]) -> CheckReport:
     """Check the durable state of a pool, in use or not, also when it is too damaged to be opened."""
     path = os.fspath(path)
@@ -120,7 +147,7 @@ class _Exclusive(_Nothing):
         self.fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         if not try_mount(self.fd, exclusive=True):
             os.close(self.fd)
-            raise PoolBusy("processes have the pool open; 'onecopy info' lists them", path=path)
+            raise PoolBusy(BUSY, path=path)
         try:
             pool = Pool(path, writable=False)
         except OneCopyError:

@@ -20,12 +20,12 @@ from onecopy.blkcache.cache import NO_OPTIONS, CacheOptions, cache_paths, open_p
 from onecopy.blkcache.spaces import Spaces
 from onecopy.daxemu import slots
 from onecopy.daxemu._fault import Engine
-from onecopy.daxemu.errors import NoSpace, OneCopyError, PoolBusy, ReadOnly, RuntimeLost, posix
+from onecopy.daxemu.errors import NoSpace, OneCopyError, PoolBusy, ReadOnly, posix
 from onecopy.daxemu.locks import RankedLock, reopen, try_mount
 from onecopy.daxemu.mapping import Mapping
 from onecopy.daxemu.persist import Volatile
 from onecopy.daxemu.pool import Pool
-from onecopy.daxemu.runtime import W, attach, finish, open_lock, policy_in_use, runtime_paths
+from onecopy.daxemu.runtime import W, attach, finish, not_alone, open_lock, policy_in_use, runtime_paths
 from onecopy.daxemu.slots import Slot
 from onecopy.daxemu.steps import reach
 from onecopy.fs import counts, rebuild, superblock
@@ -78,7 +78,7 @@ class Mount:
         else:
             self.runtime.close()
             if not try_mount(self.pool.fd, exclusive=True):
-                raise RuntimeLost("the pool file was replaced while processes use it; end them", path=self.pool.path)
+                raise not_alone(self.pool, "the pool file was replaced while processes use it; end them")
             os.unlink(self.runtime.path)
             self.runtime, empty = attach(self.pool, self.lock)
             self.pool.connect(empty=empty)

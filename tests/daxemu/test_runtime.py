@@ -239,3 +239,20 @@ def test_a_pool_may_be_removed_while_another_process_sweeps(small, paths, user, 
     monkeypatch.setattr(os, "unlink", and_sweep)
     onecopy.remove(small)
     assert not any(map(os.path.exists, (small, *paths)))
+
+
+def test_run_time_files_of_another_version_are_not_swept(small, paths, user, tmp_path, monkeypatch):
+    """Its header has other fields: the pool's path would be looked for in the wrong place, and the pool taken for gone."""
+    header = bytearray(HEADER.size)
+    header[: HEADER.size - 8] = user._mount.runtime.bytes[: HEADER.size - 8]
+    header[HEADER.offset["layout"] : HEADER.offset["layout"] + 8] = (runtime.LAYOUT + 1).to_bytes(8, "little")
+    where = HEADER.offset["path"]
+    for shift in (-8, -1, 0, 1, 8):
+        moved = bytearray(header)
+        moved[where:] = bytes(len(header) - where)
+        moved[where + shift : where + shift + len(small)] = small.encode()
+        (tmp_path / f"onecopy-{shift}").write_bytes(moved)
+    names = sorted(os.listdir(tmp_path))
+    monkeypatch.setattr(runtime, "FOLDER", str(tmp_path))
+    assert lifecycle.sweep() == []
+    assert sorted(os.listdir(tmp_path)) == names
