@@ -17,7 +17,7 @@ from onecopy.daxemu import _fault
 from onecopy.daxemu.errors import NoSpace, posix
 from onecopy.daxemu.mapping import Mapping, Run
 from onecopy.daxemu.units import pages_of
-from onecopy.fs import extents
+from onecopy.fs import content, extents
 from onecopy.fs import inode as inodes
 from onecopy.fs.inode import Inode
 from onecopy.fs.mapped import entry_words
@@ -47,6 +47,11 @@ class Maps:
         mount = self.mount
         view = mount.live_view()
         inode = find(view)
+        if inode.content and mount.pool.writable:  # give it a page of its own, which others can map, too
+            key = inode.subvolume, inode.number
+            mount.run(lambda tx: content.give_pages(tx, inodes.change(tx, *key)))
+            view = mount.live_view()
+            inode = find(view)
         if inode.content:
             return self._map_content(inode, path)
         pages = pages_of(inode.size)
