@@ -247,7 +247,7 @@ class Frames:
         return self._search(pages, hint, page)
 
     def _search(self, pages: int, hint: int, page: int) -> Run:
-        """First run long enough from the hint on, then from the start; else the longest there is. Large: congruent to `page`."""
+        """First run long enough from the hint on, then from the start; else the longest. Large ones are congruent to `page`."""
         starts, lengths = free_runs(self.array)
         if not len(starts):
             raise NoSpace("the pool has no free page left", path=self.pool.path)
