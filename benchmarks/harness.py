@@ -13,6 +13,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -191,20 +192,25 @@ def folder() -> Iterator[Path]:
 @contextmanager
 def new_pool(size: int) -> Iterator[str]:
     """Format a pool of `size` bytes in /dev/shm; it is removed afterwards, so nobody may have it open then."""
-    with folder() as inside:
-        path = str(inside / "bench.pool")
-        onecopy.format(path, size)
-        try:
-            yield path
-        finally:
-            with uninterrupted():
-                onecopy.remove(path)
+    with folder() as inside, _pool_in(inside, size) as path:
+        yield path
 
 
 @contextmanager
-def open_pool(size: int) -> Iterator[onecopy.FileSystem]:
-    """Format and open a pool of `size` bytes in /dev/shm; it is closed and removed afterwards."""
-    with new_pool(size) as path, onecopy.open(path) as fs:
+def _pool_in(inside: Path, size: int) -> Iterator[str]:
+    path = str(inside / "bench.pool")
+    onecopy.format(path, size)
+    try:
+        yield path
+    finally:
+        with uninterrupted():
+            onecopy.remove(path)
+
+
+@contextmanager
+def open_pool(size: int, inside: Path | None = None) -> Iterator[onecopy.FileSystem]:
+    """Format and open a pool of `size` bytes in /dev/shm, or `inside` a folder; it is closed and removed afterwards."""
+    with _pool_in(inside, size) if inside else new_pool(size) as path, onecopy.open(path) as fs:
         yield fs
 
 
@@ -232,6 +238,37 @@ def kernel_filesystem(kind: Literal["xfs", "btrfs"], size: int) -> Iterator[Kern
             with uninterrupted():
                 if os.path.ismount(root):
                     _unmount(root)
+
+
+@contextmanager
+def huge_tmpfs(size: int) -> Iterator[Kernel]:
+    """Mount a tmpfs of at most `size` bytes in pages of 2 MiB; unmounted and removed afterwards.
+
+    Where it can't be had, `Kernel.missing` says why.
+    """
+    with folder() as root:
+        try:
+            missing = _mount_huge(size, root)
+            yield Kernel(None if missing else root, missing)
+        finally:
+            with uninterrupted():
+                if os.path.ismount(root):
+                    _unmount(root)
+
+
+def _mount_huge(size: int, root: Path) -> str:
+    mount = program("mount")
+    if os.geteuid() != 0 or not mount:
+        return "only root can mount a tmpfs with huge pages"
+    try:
+        require_memory(size)
+    except SkippedError as reason:
+        return f"a tmpfs with huge pages {reason}"
+    if missing := command(mount, "-t", "tmpfs", "-o", f"huge=always,mode=700,size={size}", "tmpfs", str(root)):
+        return missing
+    with tempfile.TemporaryFile(dir=root) as file:
+        file.truncate(2 * MiB)
+        return "" if os.fstat(file.fileno()).st_blksize >= 2 * MiB else "the kernel denies tmpfs huge pages"
 
 
 def _mount(kind: str, size: int, image: Path, root: Path) -> str:

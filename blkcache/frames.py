@@ -12,6 +12,7 @@ so nothing names them.
 """
 
 from operator import itemgetter
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +41,7 @@ HELD = USED | FRESH | DIRTY | BACKED  # what a write fault makes of a free frame
 _TAKING = NODE  # alone: neither free nor anybody's, for a moment under the transaction lock
 
 Run = tuple[int, int]  # (first PFN, pages)
+T = TypeVar("T", int, npt.NDArray[np.int64])
 
 _TAKEN, _TAKEN_ROOM, _TAKEN_GENERATION, _FREE = W["taken_count"], W["taken_room"], W["taken_generation"], W["free"]
 _NODE_HINT, _NODE_FLOOR, _DATA_HINT = W["node_hint"], W["node_floor"], W["data_hint"]
@@ -73,6 +75,11 @@ def free_runs(table: npt.NDArray[np.uint8], first: int = 0) -> tuple[npt.NDArray
     free = (table & ~np.uint8(BACKED)) == 0
     edges = np.flatnonzero(np.diff(free, prepend=False, append=False))
     return edges[::2] + first, edges[1::2] - edges[::2]
+
+
+def congruent(first: T, page: int) -> T:
+    """Return the first frame from `first` on that lies as `page` does in its file, modulo 2 MiB."""
+    return first + (page - first) % HUGE
 
 
 def reserve_of(pool: Pool) -> int:
@@ -167,10 +174,11 @@ class Frames:
         runtime.set("node_floor", min(runtime.get("node_floor"), at - base))
         return at
 
-    def take_data(self, pages: int, goal: int = 0) -> list[Run]:
+    def take_data(self, pages: int, goal: int = 0, page: int = 0) -> list[Run]:
         """Take `pages` frames for file data in as few runs as there are; NoSpace takes none beyond what undo returns.
 
-        `goal`: the first frame wanted, if it and those behind it are free; 0: none in particular.
+        `goal`: the first frame wanted, if it and those behind it are free; 0: none in particular. `page`: what page of the
+        file the first is for; large runs lie as the file does, modulo 2 MiB.
         """
         if self.room < pages:
             raise self._no_room(pages)
@@ -178,12 +186,12 @@ class Frames:
             return [(goal, pages)]
         runs: list[Run] = []
         while pages:
-            run = self._next_run(min(pages, MAX_RUN))
+            run = self._next_run(min(pages, MAX_RUN), page)
             if not self._take_run(*run):
                 continue  # a fault was faster
             self.runtime.words[_DATA_HINT] = run[0] + run[1]
             runs.append(run)
-            pages -= run[1]
+            page, pages = page + run[1], pages - run[1]
         return runs
 
     def are_free(self, pfn: int, pages: int) -> bool:
@@ -196,8 +204,11 @@ class Frames:
         """Return the first of `pages` free frames in a row that nothing else is put into for now; 0 when there are none.
 
         Nothing is taken: the search for frames goes on behind them, and comes back when it has been through the pool.
+        512 frames are aligned.
         """
         hint = self.runtime.words[_DATA_HINT]
+        if pages >= HUGE:
+            hint = congruent(hint, 0)
         if not self.are_free(hint, pages):
             return 0
         self.runtime.words[_DATA_HINT] = hint + pages
@@ -229,29 +240,33 @@ class Frames:
             self.engine.count("held", -pages)
             self.adopted += pages
 
-    def _next_run(self, pages: int) -> Run:
+    def _next_run(self, pages: int, page: int) -> Run:
         hint, limit = self.runtime.words[_DATA_HINT], self.runtime.get("node_floor")
         if pages >= HUGE:
-            hint = -(-hint // HUGE) * HUGE  # large files start where 2 MiB translations can
+            hint = congruent(hint, page)  # 2 MiB translations need it
         if pages == 1:
             at = self.runtime.memory.find(b"\0", self._base + hint, self._base + limit)
             if at >= 0:
                 return at - self._base, 1
         elif self.are_free(hint, pages):
             return hint, pages
-        return self._search(pages, hint)
+        return self._search(pages, hint, page)
 
-    def _search(self, pages: int, hint: int) -> Run:
-        """First run long enough from the hint on, then from the start; else the longest there is."""
+    def _search(self, pages: int, hint: int, page: int) -> Run:
+        """First run long enough from the hint on, then from the start; else the longest. Large ones are congruent to `page`."""
         starts, lengths = free_runs(self.array)
         if not len(starts):
             raise NoSpace("the pool has no free page left", path=self.pool.path)
         if pages >= HUGE:
-            aligned = -(-starts // HUGE) * HUGE
-            fits = np.flatnonzero(lengths - (aligned - starts) >= pages)
+            aligned = congruent(starts, page)
+            room = lengths - (aligned - starts)
+            fits = np.flatnonzero(room >= pages)
             if len(fits):
                 ahead = fits[starts[fits] >= hint]
                 return int(aligned[ahead[0] if len(ahead) else fits[0]]), pages
+            longest = int(np.argmax(room))
+            if room[longest] >= 2 * HUGE:  # the next run goes on where a translation begins
+                return int(aligned[longest]), int(room[longest] - (page + room[longest]) % HUGE)
         fits = np.flatnonzero(lengths >= pages)
         if len(fits):
             ahead = fits[starts[fits] >= hint]
@@ -321,12 +336,26 @@ class Frames:
         self.array[self.array == _TAKING] = BACKED  # of one who died right here
         backed = self.array == BACKED
         if keep:
-            spare = np.flatnonzero(backed)
-            backed[spare[-keep:]] = False
+            spare = np.flatnonzero(backed)[-keep:]
+            backed[spare] = False
             if len(spare) > HUGE:
-                self.runtime.words[self.runtime.layout.counters // 8 + COUNTERS.word("hint")] = int(spare[-keep:][0])
+                self.runtime.words[self.runtime.layout.counters // 8 + COUNTERS.word("hint")] = int(spare[0])
+        if self.pool.huge_pages:
+            self._round_to_huge_pages(backed)
         edges = np.flatnonzero(np.diff(backed, prepend=False, append=False)).tolist()
         for first, end in zip(edges[::2], edges[1::2], strict=True):
             if self.engine.claim(first, end - first, _TAKING):  # else a fault was faster: at the next sync
                 self.pool.punch(first, end - first)
                 self.array[first:end] = 0
+
+    def _round_to_huge_pages(self, backed: npt.NDArray[np.bool_]) -> None:
+        """Of the huge pages that are free as a whole, have all of `backed` punched or nothing.
+
+        What the frames in use beside them kept from being punched, or a huge page had without being asked, goes with them, and
+        the next file that takes all of it gets a huge page again. Those that are free and complete are not cut in two.
+        """
+        end = len(backed) // HUGE * HUGE
+        states, some = self.array[:end].reshape(-1, HUGE), backed[:end].reshape(-1, HUGE)
+        is_complete = (states == BACKED).all(1)
+        some[is_complete & ~some.all(1)] = False
+        some[((states == 0) | (states == BACKED)).all(1) & (states == BACKED).any(1) & ~is_complete] = True

@@ -74,6 +74,7 @@ def _show_info(verb: str, info: onecopy.PoolInfo, *, as_json: bool) -> None:
             ("kept for mappings of deleted files", pages(info.pinned_pages)),
             ("stored through mappings, not folded", pages(info.dirty_pages)),
             ("backed by the host", show.size(info.backed_bytes)),
+            ("huge pages", "2 MiB" if info.huge_pages else "no"),
             ("generation", f"{info.generation}, on the device {info.durable_generation}"),
             ("subvolumes", info.subvolumes),
             ("stores to shared pages", f"{info.faults:,}"),

@@ -5,6 +5,7 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 /* Offsets in the run-time file, in the order of runtime.NATIVE. */
@@ -59,6 +60,8 @@ static PyObject *engine_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
     e->spaces_used = (uint64_t *)(e->base + at[SPACES_USED]);
     e->runtime_fd = runtime_fd;
     e->pool_fd = pool_fd;
+    struct stat status;
+    e->huge = !fstat(pool_fd, &status) && status.st_blksize >= (blksize_t)(BLOCK * PAGE);
     e->incarnations = (uint64_t *)(e->base + at[INCARNATIONS]);
     e->slot = slot;
     e->incarnation = e->incarnations[slot * 8];

@@ -254,6 +254,18 @@ static int break_sharing(struct engine *e, uint32_t record, uint32_t space, uint
     return 0;
 }
 
+/* Whether the block of `page` is private, complete and in the frames of one huge page: one translation can do for it. */
+static int is_huge(struct engine *e, uint32_t space, const uint64_t *entries, uint64_t page)
+{
+    uint64_t low = page / BLOCK * BLOCK, word = entries[low];
+    if (!e->huge || e->spaces[space].pages - low < BLOCK || !(word & PRIVATE) || (word & PFN_MASK) % BLOCK)
+        return 0;
+    for (uint64_t by = 1; by < BLOCK; by++)
+        if (!(entries[low + by] & PRIVATE) || (entries[low + by] & PFN_MASK) != (word & PFN_MASK) + by)
+            return 0;
+    return 1;
+}
+
 static int fault_page(struct engine *e, uint32_t space, uint64_t page, uint64_t granule, uint64_t holes, uint64_t *high)
 {
     uint64_t *entries = entries_of(e, space), low = page;
@@ -278,7 +290,9 @@ static int fault_page(struct engine *e, uint32_t space, uint64_t page, uint64_t 
         }
         for (uint64_t p = low; e->cache && p < *high && !failed; p++)
             failed = cache_own(e->cache, space, p, entries[p] & PFN_MASK, 1);
-        if (!failed)
+        if (!failed && !e->cache && is_huge(e, space, entries, page))
+            failed = refresh(e, space, page / BLOCK * BLOCK, page / BLOCK * BLOCK + BLOCK, 1);
+        else if (!failed)
             failed = refresh(e, space, low, *high, 1);
         STEP(AT_MAPPED);
         block_unlock(e, space, page / BLOCK);

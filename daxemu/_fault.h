@@ -121,6 +121,7 @@ struct engine {
     uint64_t *live, *free, *floor, *log_count, *log_generation, *log_owner, *spaces_used;
     uint64_t windows, frames, reserve;
     int runtime_fd, pool_fd, end_fd;
+    int huge; /* the pool's host has pages of a block */
     uint32_t slot;
     int child_slot, child_fds[2]; /* made for the next fork: -1, or a slot, and descriptors that are the child's alone */
     int alive; /* has a slot and a service thread: not so in a child that nobody prepared */

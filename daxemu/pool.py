@@ -18,9 +18,9 @@ from typing import Any
 
 from onecopy.daxemu._fault import Engine
 from onecopy.daxemu.errors import CorruptRecord, NoSpace, NotAPool, PoolVersionError, ReadOnly, invalid, posix
-from onecopy.daxemu.persist import Persistence, persistence_of
+from onecopy.daxemu.persist import Persistence, Volatile, persistence_of
 from onecopy.daxemu.record import Record, checksum
-from onecopy.daxemu.units import PAGE, format_size
+from onecopy.daxemu.units import HUGE, PAGE, format_size
 
 MAGIC = int.from_bytes(b"onecopy\0", "little")
 VERSION = 2
@@ -70,6 +70,8 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
 class Pool:
     """An open pool file, mapped whole: its pages are the frames. `words` (64-bit) and `bytes` view the same memory; index = PFN times 512 or 4,096.
 
+    `huge_pages`: the host stores aligned runs of 512 frames as one page, which mappings that are congruent translate at once.
+
     Readers and writers of frames above this class keep the rules about which frames they may touch; this class
     keeps only the bounds. Not shared over fork: a child opens its own.
     """
@@ -105,6 +107,8 @@ class Pool:
             self.bytes = memoryview(self.memory)
             self.words = self.bytes.cast("Q")
         self.persistence: Persistence = persistence_of(self.fd)
+        # tmpfs says so: mounted with huge=always, or huge=within_size.
+        self.huge_pages = self.status.st_blksize >= HUGE * PAGE and isinstance(self.persistence, Volatile)
 
     def connect(self, *, empty: bool) -> None:
         """Make the pool whole, once the run-time file is there; `empty`: it is new. The caller holds the transaction lock."""

@@ -6,11 +6,12 @@ end of a file are zero, or become so when the file grows: a mapping may store th
 """
 
 import errno
+from collections.abc import Iterator
 from contextlib import nullcontext
 
 from onecopy.blkcache.frames import SHARED
 from onecopy.daxemu.errors import invalid, posix
-from onecopy.daxemu.units import PAGE, pages_of
+from onecopy.daxemu.units import HUGE, PAGE, pages_of
 from onecopy.fs import extents
 from onecopy.fs import inode as inodes
 from onecopy.fs.btree import MAX_KEY
@@ -157,12 +158,12 @@ def _store(tx: Tx, inode: Inode, offset: int, data: memoryview, *, in_place: boo
             tx.store_in_place(pfn, data[start - offset : stop - offset], start - first)
         missing += [page, page + pages]
     missing.append(high)
-    for first, last in zip(missing[::2], missing[1::2], strict=True):
+    for first, last in _blocks(missing):
         if first < last:
             edges = _edges(tx, inode, first, last, offset, end)
             fresh: list[Extent] = []
             at = first
-            for pfn, pages in tx.frames.take_data(last - first, _goal(tx, inode, first, last)):
+            for pfn, pages in tx.frames.take_data(last - first, _goal(tx, inode, first, last), first):
                 fresh.append((at, pfn, pages, 0))
                 at += pages
             for extent in fresh:
@@ -170,25 +171,41 @@ def _store(tx: Tx, inode: Inode, offset: int, data: memoryview, *, in_place: boo
             extents.replace(tx, inode, first, last, fresh)
 
 
+def _blocks(edges: list[int]) -> Iterator[tuple[int, int]]:
+    """Yield the ranges of pages between `edges`, those of less than 2 MiB not across a boundary of 2 MiB."""
+    for first, last in zip(edges[::2], edges[1::2], strict=True):
+        middle = last - last % HUGE
+        if last - first < HUGE and first < middle < last:
+            yield first, middle
+            yield middle, last
+        else:
+            yield first, last
+
+
 def _goal(tx: Tx, inode: Inode, first: int, last: int) -> int:
     """Return where the frames of pages [first, last) would continue what the file has for itself around them; 0: nowhere.
 
     Pages that are rewritten one by one, in any order, come to lie beside each other by granules: the first one of a
     granule opens a window of free frames, the others find their places in it (as XFS's extent size hint for
-    copy-on-write, 32 blocks).
+    copy-on-write, 32 blocks). Where a large file grows, or is rewritten by larger pieces, the granule is 2 MiB.
     """
-    low = first - first % _GRANULE
-    if inode.pages < _GRANULE or last > low + _GRANULE:
+    if last - first >= HUGE:
+        return 0  # large enough by itself
+    size = _GRANULE
+    if last - first >= HUGE // 2 or (first >= HUGE and (last - first > size or first >= pages_of(inode.size))):
+        size = HUGE
+    low = first - first % size
+    if last > low + size or (size < HUGE and inode.pages < size):
         return 0
     own = 0
-    for page, pfn, pages, _ in extents.clip(extents.load(tx, inode, low, low + _GRANULE), low, low + _GRANULE):
+    for page, pfn, pages, _ in extents.clip(extents.load(tx, inode, low, low + size), low, low + size):
         if not (tx.array[pfn : pfn + pages] & SHARED).any():
             own = pfn + first - page
             if tx.frames.are_free(own, last - first):
                 return own
     if own:
         return 0
-    window = tx.frames.open_window(_GRANULE)
+    window = tx.frames.open_window(size)
     return window and window + first - low
 
 
@@ -221,7 +238,7 @@ def append_from(tx: Tx, inode: Inode, first: int, last: int, fd: int) -> int:
     """
     low, high = first // PAGE, pages_of(last)
     at = low
-    for pfn, pages in tx.frames.take_data(high - low):
+    for pfn, pages in tx.frames.take_data(high - low, page=low):
         size = min((at + pages) * PAGE, last) - at * PAGE
         done = tx.pool.store_from(pfn * PAGE, fd, at * PAGE, size)
         for rest in range(done, pages * PAGE, len(_ZEROS)):  # behind the end, also of a file that shrank meanwhile
@@ -281,7 +298,7 @@ def _fill_holes(tx: Tx, inode: Inode, low: int, high: int) -> None:
     with tx.changes.quiet() if tx.changes is not None else nullcontext():  # a mapping shows zeros before and after
         for first, last in extents.holes(extents.load(tx, inode, low, high), low, high):
             at = first
-            for pfn, pages in tx.frames.take_data(last - first):
+            for pfn, pages in tx.frames.take_data(last - first, page=first):
                 tx.pool.back(pfn, pages)
                 extents.replace(tx, inode, at, at + pages, [(at, pfn, pages, UNWRITTEN)])
                 at += pages
@@ -392,7 +409,7 @@ def unshare(tx: Tx, inode: Inode, offset: int, length: int) -> None:
 def _copy(tx: Tx, inode: Inode, page: int, pfn: int, pages: int) -> None:
     fresh: list[Extent] = []
     at = page
-    for mine, count in tx.frames.take_data(pages):
+    for mine, count in tx.frames.take_data(pages, page=page):
         source = (pfn + at - page) * PAGE
         tx.store(mine, tx.bytes[source : source + count * PAGE])
         fresh.append((at, mine, count, 0))

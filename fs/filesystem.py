@@ -50,6 +50,8 @@ _TRIES = 64  # of a read that commits to the same file come into
 class PoolInfo:
     """A pool: sizes in bytes or pages of 4,096 bytes, generations, and who has it open.
 
+    huge_pages: its host stores large runs as pages of 2 MiB, so mappings of large files take translations of 2 MiB.
+
     Counted since the run-time file was made: faults (stores to shared pages), and shootdowns that had another process
     to tell, with their median and 99th percentile in microseconds (to a quarter of a power of two; None without any).
     """
@@ -64,6 +66,7 @@ class PoolInfo:
     waiting_pages: int
     pinned_pages: int
     backed_bytes: int
+    huge_pages: bool
     generation: int
     durable_generation: int
     subvolumes: int
@@ -145,6 +148,7 @@ class FileSystem(Names):
                 waiting_pages=mount.limbo.waiting(view.limbo_tail),
                 pinned_pages=int(np.count_nonzero(array & PINNED)),
                 backed_bytes=os.fstat(mount.pool.fd).st_blocks * 512,
+                huge_pages=mount.pool.huge_pages,
                 generation=view.generation,
                 durable_generation=mount.runtime.get("durable_generation"),
                 subvolumes=sum(1 for _ in ROOTS.items(view.words, view.roots)),
@@ -384,11 +388,6 @@ class FileSystem(Names):
             raise invalid(f"granule {granule}: a power of two from 1 to 512 pages", path)
         if mode == "r+" and self.mode == "r":
             raise ReadOnly("the pool is open for reading only: open it with mode 'r+'", path=self.path)
-        if self.mode == "r+":
-            with self._mount.reading() as view:
-                small = namei.file_at(view, path).content
-            if small:  # give it a page of its own, which others can map, too
-                self._on_file(path, content.give_pages)
         mapping = self._mount.map(lambda view: namei.file_at(view, path), path, writable=mode == "r+", granule=granule or 0)
         if reserve and mode == "r+":
             try:

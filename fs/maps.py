@@ -47,6 +47,11 @@ class Maps:
         mount = self.mount
         view = mount.live_view()
         inode = find(view)
+        if inode.content and mount.pool.writable:  # give it a page of its own, which others can map, too
+            key = inode.subvolume, inode.number
+            mount.run(lambda tx: content.give_pages(tx, inodes.change(tx, *key)))
+            view = mount.live_view()
+            inode = find(view)
         if inode.content:
             return self._map_content(inode, path)
         pages = pages_of(inode.size)

@@ -3,6 +3,7 @@
 import os
 import random
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import pytest
@@ -111,6 +112,55 @@ def test_large_runs_start_where_huge_pages_do(new_path):
         (_,), (large,), (_,), (larger,) = take(fs._mount, 5, HUGE, 1, 2 * HUGE)
         assert (large[0] % HUGE, larger[0] % HUGE) == (0, 0)
         assert (large[1], larger[1]) == (HUGE, 2 * HUGE)
+
+
+@pytest.fixture
+def wide(new_path):
+    """An attachment to a pool of 32 MiB: 16 times 2 MiB."""
+    path = new_path()
+    onecopy.format(path, "32M")
+    with onecopy.open(path) as fs:
+        yield fs._mount
+
+
+@pytest.mark.parametrize("page", [1, 256, HUGE, 5 * HUGE + 511])
+def test_large_runs_lie_as_their_file_does(wide, page):
+    ((pfn, pages),) = wide.run(partial(run_for, page, 2 * HUGE))
+    assert pages == 2 * HUGE and (pfn - page) % HUGE == 0
+
+
+def run_for(page, pages, tx):
+    return tx.frames.take_data(pages, page=page)
+
+
+def test_free_pieces_of_a_fragmented_pool_are_used_by_huge_pages(wide):
+    """A run that fits nowhere is put together from pieces that begin and end at 2 MiB."""
+    frames = wide.frames
+    with wide.lock:
+        state = frames.array.copy()
+        frames.array[:] = USED
+        frames.array[100 : 100 + 4 * HUGE] = 0
+        assert frames._search(8 * HUGE, 1, 0) == (HUGE, 3 * HUGE)
+        assert frames._search(8 * HUGE, 1, 200) == (200, 4 * HUGE - 200)
+        frames.array[:] = state
+
+
+def test_huge_pages_are_given_back_whole(wide, monkeypatch):
+    monkeypatch.setattr(wide.pool, "huge_pages", True)
+    punched = []
+    monkeypatch.setattr(wide.pool, "punch", lambda pfn, pages: punched.append((pfn, pages)))
+    frames = wide.frames
+    with wide.lock:
+        state = frames.array.copy()
+        frames.array[HUGE : 2 * HUGE] = BACKED  # in one piece: all of it
+        frames.array[2 * HUGE + 3] = BACKED  # what is left of a huge page: with the rest
+        frames.array[3 * HUGE : 4 * HUGE] = USED  # a part of one in use: only what is free
+        frames.array[3 * HUGE + 5 : 3 * HUGE + 10] = BACKED
+        frames.array[5 * HUGE : 6 * HUGE] = BACKED  # the last ones are kept: not cut in two
+        frames.give_back(keep=100)
+        assert punched == [(HUGE, 2 * HUGE), (3 * HUGE + 5, 5)]
+        assert not frames.array[HUGE : 3 * HUGE].any() and (frames.array[5 * HUGE : 6 * HUGE] == BACKED).all()
+        frames.array[:] = state
 
 
 def test_a_fragmented_pool_is_still_of_use(mount):
