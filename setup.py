@@ -2,8 +2,26 @@
 
 from setuptools import Extension, setup
 
-_NAMES = ("_guard", "_map", "_shoot", "_fault", "_commit", "_words", "_region", "_engine", "_entries", "_module", "_device", "_device_type",
-          "_cache", "_evict", "_absent", "_cache_type")
+_NAMES = (
+    "_guard",
+    "_map",
+    "_shoot",
+    "_fault",
+    "_handler",
+    "_commit",
+    "_words",
+    "_region",
+    "_engine",
+    "_entries",
+    "_module",
+    "_device",
+    "_device_type",
+    "_cache",
+    "_cached",
+    "_evict",
+    "_absent",
+    "_cache_type",
+)
 
 setup(
     ext_modules=[

@@ -1,11 +1,11 @@
-"""The shared buffer cache: a pool whose bytes lie on a device that can only be read and written, and are in memory in part.
+"""The shared buffer cache: a pool on a device that can only be read and written, in memory in part.
 
 Two files in /dev/shm, beside the run-time file or under a name that several pools share: the *frame file*, which holds the
-pages, and the *control file*, one word for each frame, and the counters. daxemu/_cache.h says how they are used; this module makes them,
-and `CachedPool` is the pool over them. Everything above sees the same memory, addressed by PFN, as it does without a cache.
+pages, and the *control file*, one word for each frame, and the counters. daxemu/_cache.h says how they are used; this module
+makes them, and `CachedPool` is the pool over them. Everything above sees the same memory, by PFN, as without a cache.
 
-Two policies: "shared" keeps one frame for a block, however many files share it; "per-inode" gives each file that is mapped copies
-of its own of pages that it shares, which is what kernels do, and what the first is to be compared with.
+Two policies: "shared" keeps one frame for a block, however many files share it; "per-inode" gives each file that is
+mapped copies of its own of pages that it shares, which is what kernels do, and what the first is to be compared with.
 """
 
 import errno
@@ -17,12 +17,12 @@ import struct
 from dataclasses import dataclass
 
 from onecopy.blkcache.device import BlockDevice, FileDevice
-from onecopy.daxemu import _fault
+from onecopy.daxemu import _fault, runtime
 from onecopy.daxemu.errors import NoSpace, OneCopyError, PoolBusy, RuntimeLost, invalid
 from onecopy.daxemu.locks import open_private, reopen
 from onecopy.daxemu.pool import POLICIES, Pool, release
 from onecopy.daxemu.record import Record
-from onecopy.daxemu.runtime import FOLDER, policy_in_use, runtime_paths
+from onecopy.daxemu.runtime import FOLDER, runtime_paths
 from onecopy.daxemu.units import PAGE
 
 DEVICES = 8
@@ -43,7 +43,7 @@ _CHUNK = 1 << 20
 CONTROL = Record(
     "cache header",
     4608,
-    "At the start of a cache's control file. A word for each frame follows from 1 MiB on, then each frame's owner, then where the copies begin.",
+    "At the start of a cache's control file. From 1 MiB on: a word for each frame, its owner, each inode's copies.",
     [
         ("magic", "u64", "", "the bytes 'onecopyC'"),
         ("layout", "u64", "", str(LAYOUT)),
@@ -72,6 +72,20 @@ def cache_paths(pool: Pool) -> tuple[str, str]:
     """Return the paths of the control file and the frame file that a pool has for itself alone."""
     base = runtime_paths(pool)[0]
     return base + ".cache", base + ".frames"
+
+
+FRAME_WORD = (  # as in daxemu/_cache.h
+    ("0-11", "who holds it: user number + 1; 0: nobody"),
+    ("12-30", "that user's incarnation"),
+    ("31", "somebody waits for it"),
+    ("32", "resident: it has a page, or, held, the page is what counts"),
+    ("33", "dirty: newer than the block"),
+    ("34", "kept: a tree node that stays until it is written back"),
+    ("35", "writable: some process may have it mapped for storing"),
+    ("36", "main: of the part of the cache for what is used again"),
+    ("37-38", "uses, counted by reads"),
+    ("48-63", "when it came in, or, absent, when it went, in 32nds of the cache"),
+)
 
 
 @dataclass(frozen=True)
@@ -128,7 +142,7 @@ class CachedPool(Pool):
             raise
 
     def connect(self, *, empty: bool) -> None:
-        """Attach to the cache, or make it; `empty`: nothing that it holds of this pool counts. RuntimeLost, PoolBusy, NoSpace."""
+        """Attach to the cache, or make it; `empty`: nothing that it holds of this pool counts. RuntimeLost, PoolBusy."""
         base = f"{FOLDER}/onecopy-cache-{self._name}" if self._name else runtime_paths(self)[0]
         control, frames, made = self._open(base, empty=empty)
         try:
@@ -168,7 +182,7 @@ class CachedPool(Pool):
         if error.errno not in (errno.EPERM, errno.ENOSYS, errno.EINVAL):
             return error
         return OneCopyError(
-            f"a cache needs userfaultfd ({error.strerror}): Linux 5.11, and a container that doesn't forbid it; or use policy 'dax'",
+            f"a cache needs userfaultfd ({error.strerror}): Linux 5.11, in no container that forbids it; or use policy 'dax'",
             path=self.path, code=errno.EOPNOTSUPP,
         )  # fmt: skip
 
@@ -289,8 +303,8 @@ class CachedPool(Pool):
     def give_copies(self, space: int, pages: int) -> None:
         """Policy per-inode: give an address space frames for copies of what it shares, `pages` of them. NoSpace.
 
-        Copies have addresses of their own, beyond the device's blocks, in a row as the file's pages are. When the file has grown
-        beyond them, it gets others; what still maps the old ones finds them absent, and looks again.
+        Copies have addresses of their own, beyond the device's blocks, in a row as the file's pages are. When the file has
+        grown beyond them, it gets others; what still maps the old ones finds them absent, and looks again.
         """
         if self.policy != "per-inode":
             return
@@ -325,7 +339,7 @@ class CachedPool(Pool):
         """In the forked child: `fd` is the pool file on a description of its own."""
         self.fd = fd
 
-    def close(self) -> None:
+    def close(self, *, unlock: bool = True) -> None:
         """Unmap and close; what was not written back stays in the cache."""
         cache = getattr(self, "cache", None)
         if cache is not None:
@@ -336,8 +350,19 @@ class CachedPool(Pool):
             os.close(self._control)
             os.close(self._frames)
         self.device.close()
-        fcntl.flock(self.fd, fcntl.LOCK_UN)
+        if unlock:
+            fcntl.flock(self.fd, fcntl.LOCK_UN)
         os.close(self.fd)
+
+
+def policy_in_use(pool: Pool) -> str | None:
+    """Return the policy that the pool's run-time file was made for; None when there is none."""
+    try:
+        with open(runtime_paths(pool)[0], "rb") as file:
+            header = runtime.HEADER.unpack(file.read(runtime.HEADER.size).ljust(runtime.HEADER.size, b"\0"))
+    except (FileNotFoundError, PermissionError):
+        return None
+    return POLICIES[header["policy"]] if header["magic"] == runtime.MAGIC and header["layout"] == runtime.LAYOUT else None
 
 
 @dataclass(frozen=True)
@@ -364,7 +389,7 @@ def open_pool(path: str, *, writable: bool, options: CacheOptions) -> Pool:
         raise invalid(f"policy {policy!r}: say {', '.join(POLICIES)}", path)
     if in_use not in (None, policy):
         pool.close()
-        raise PoolBusy(f"processes have the pool open with policy {in_use!r}, not {policy!r}; 'onecopy info' lists them", path=path)
+        raise PoolBusy(f"processes have the pool open with policy {in_use!r}; 'onecopy info' lists them", path=path)
     if policy == "dax":
         return pool
     pool.close()

@@ -331,7 +331,9 @@ class Frames:
 
         `faults`: files are mapped for storing; then more are kept, where faults look first.
         """
-        if faults:
+        if self.pool.cached:
+            keep = 0  # what is free is not to take up any of the cache
+        elif faults:
             keep = max(keep, min(self.pool.frames // _KEEP_PART, _KEEP_MOST))
         self.array[self.array == _TAKING] = BACKED  # of one who died right here
         backed = self.array == BACKED

@@ -50,7 +50,7 @@ struct cache_header { /* at the start of the control file; blkcache/cache.py dec
     uint64_t inserted, evicted, fills, hits, written, errors, over;
     uint64_t mains;    /* of the resident: used again; see _evict.c */
     uint64_t unused[2];
-    uint64_t identities[DEVICES][4]; /* of the pools: uuid, st_dev, st_ino */
+    uint64_t identities[DEVICES * 4]; /* of the pools: uuid, st_dev, st_ino */
     uint64_t frames[DEVICES]; /* of each device; 0: none */
     uint64_t copies[DEVICES]; /* frames of each that inodes' copies have been given, ever */
     uint64_t incarnations[USERS];
@@ -89,6 +89,14 @@ void frame_left(const struct cache *c, uint64_t flags);              /* one that
 void frames_punch(const struct cache *c, uint64_t i, uint64_t frames);
 int frames_write(struct cache *c, uint64_t i, uint64_t frames);     /* held, of our device */
 void frames_evict(struct cache *c, uint64_t want);                  /* as many as can be; _evict.c */
+
+/* Filling, in _cache.c. A promise is made before frames get pages; where there are too many, others go first. */
+void frames_promise(struct cache *c, uint64_t frames);
+void frames_unpromise(const struct cache *c, uint64_t frames);
+int frames_fill(struct cache *c, uint64_t i, uint64_t pfn, uint64_t frames); /* held, absent */
+int frames_put(const struct cache *c, uint64_t i, uint64_t frames, const char *from);
+char *bounce_take(struct cache *c, uint32_t *which); /* AHEAD pages that device_read may read into */
+void bounce_give(struct cache *c, uint32_t which);
 
 int cache_watch(struct cache *c, void *address, uint64_t length);
 uint64_t cache_frame(const struct cache *c, uint32_t space, uint64_t page, uint64_t word); /* index of what a mapping shows */

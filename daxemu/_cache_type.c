@@ -268,11 +268,11 @@ static PyObject *cache_error(PyObject *object, PyObject *unused)
         Py_RETURN_NONE;
     uint64_t pfn = c->failed_block;
     sigset_t before;
-    block_signals(&before); /* show the frame again, and ask the device anew */
+    guard_enter(&before); /* show the frame again, and ask the device anew; who touches it meanwhile waits: see fault in _fault.c */
     mmap(c->pool + pfn * PAGE, PAGE, PROT_NONE, MAP_SHARED | MAP_FIXED, c->frames_fd, (off_t)((c->base + pfn) * PAGE));
     if (!cache_watch(c, c->pool + pfn * PAGE, PAGE))
         mprotect(c->pool + pfn * PAGE, PAGE, PROT_READ | PROT_WRITE);
-    restore_signals(&before);
+    guard_leave(&before);
     return Py_BuildValue("(iK)", failed, (unsigned long long)pfn);
 }
 

@@ -136,6 +136,7 @@ static uint32_t let_go(struct cache *c, const uint64_t *victims, uint64_t *flags
             stored[writers++] = victims[n];
     if (writers)
         stop_stores(c, stored, writers);
+    STEP(AT_STORES_STOPPED);
     for (uint32_t n = 0, run; n < count; n += run) {
         run = 1;
         uint64_t dirty = flags[n] & F_DIRTY;
@@ -149,7 +150,9 @@ static uint32_t let_go(struct cache *c, const uint64_t *victims, uint64_t *flags
         }
         for (uint32_t k = n; k < n + run; k++)
             frame_note(c, victims[k], 0); /* the block is the truth: who takes over punches the frame */
+        STEP(AT_WRITTEN_BACK);
         frames_punch(c, victims[n], run);
+        STEP(AT_PUNCHED);
         __atomic_fetch_sub(&c->header->resident, run, __ATOMIC_SEQ_CST);
         __atomic_fetch_add(&c->header->evicted, run, __ATOMIC_RELAXED);
         for (uint32_t k = n; k < n + run; k++) {
@@ -160,37 +163,57 @@ static uint32_t let_go(struct cache *c, const uint64_t *victims, uint64_t *flags
     return stayed;
 }
 
-/* Evict `want` frames, or as many as can be; what the caller holds stays. */
-void frames_evict(struct cache *c, uint64_t want)
+/* Whether we may evict a frame that says this: of other pools only what is clean, since their devices aren't ours to write to. */
+static int is_ours_to_evict(const struct cache *c, uint64_t i, uint64_t flags)
 {
-    uint64_t victims[BATCH], flags[BATCH], length = sweep_length(c), swept = 0;
-    for (int lap = 0; lap < LAPS && want; swept = 0, lap++)
-        while (swept < length && want) {
-            uint64_t left, step = BATCH, position = __atomic_fetch_add(&c->header->hand, step, __ATOMIC_SEQ_CST) % length;
-            uint32_t count = 0;
-            uint64_t i = sweep_place(c, position, &left);
-            for (uint64_t n = 0; n < step && n < left && count < want; n++, i++) {
-                uint64_t seen = __atomic_load_n(&c->words[i], __ATOMIC_SEQ_CST), keep = seen;
-                if (seen & (F_HOLDER | F_WAITED))
-                    continue;
-                int foreign = !frame_is_block(c, i);
-                if (!is_victim(c, &keep, lap > 0) || (foreign && seen & F_DIRTY) || (seen & F_WRITABLE && !c->engine)) {
-                    uint64_t moved = (keep & ~seen) & F_MAIN;
-                    if (keep != seen &&
-                        __atomic_compare_exchange_n(&c->words[i], &seen, keep, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST) && moved)
-                        __atomic_fetch_add(&c->header->mains, 1, __ATOMIC_RELAXED);
-                } else if (frame_hold(c, i, 0, &flags[count])) {
-                    if (!(flags[count] & F_RESIDENT) || flags[count] & F_KEPT)
-                        frame_release(c, i, flags[count]); /* it changed at that moment */
-                    else
-                        victims[count++] = i;
-                }
-            }
-            swept += step;
-            if (count) {
-                uint32_t gone = count - let_go(c, victims, flags, count);
-                want -= gone < want ? gone : want;
-            }
-        }
+    if (!(flags & F_RESIDENT) || flags & F_KEPT)
+        return 0;
+    return !(flags & F_DIRTY) || (frame_is_block(c, i) && (!(flags & F_WRITABLE) || c->engine));
 }
 
+/* Look at frames from `i` on, until `want` are held, or `most` have been looked at; returns how many. */
+static uint64_t gather(const struct cache *c, uint64_t i, uint64_t most, int late, uint64_t *victims, uint64_t *flags, uint64_t want,
+                       uint32_t *count)
+{
+    uint64_t n = 0;
+    for (*count = 0; n < most && *count < want; n++, i++) {
+        uint64_t seen = __atomic_load_n(&c->words[i], __ATOMIC_SEQ_CST), keep = seen;
+        if (seen & (F_HOLDER | F_WAITED) || !is_ours_to_evict(c, i, seen))
+            continue;
+        if (!is_victim(c, &keep, late)) {
+            if (keep != seen &&
+                __atomic_compare_exchange_n(&c->words[i], &seen, keep, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST) && (keep & ~seen) & F_MAIN)
+                __atomic_fetch_add(&c->header->mains, 1, __ATOMIC_RELAXED);
+        } else if (frame_hold(c, i, 0, &flags[*count])) {
+            if (is_ours_to_evict(c, i, flags[*count]))
+                victims[(*count)++] = i;
+            else
+                frame_release(c, i, flags[*count]); /* it changed at that moment */
+        }
+    }
+    return n;
+}
+
+/*
+ * Evict `want` frames, or as many as can be, and a few more: neighbours are written and punched together. What the caller holds stays.
+ * The hand is moved after the look: two processes may look at the same frames at the same time, and take different ones.
+ */
+void frames_evict(struct cache *c, uint64_t want)
+{
+    uint64_t victims[BATCH], flags[BATCH], length = sweep_length(c), few = c->header->limit / 128;
+    uint64_t more = want + (few < BATCH ? few : BATCH);
+    for (uint64_t swept = 0; want && swept < LAPS * length;) {
+        uint64_t left, position = __atomic_load_n(&c->header->hand, __ATOMIC_SEQ_CST) % length, i = sweep_place(c, position, &left);
+        uint32_t count, gone;
+        if (left > 8 * BATCH)
+            left = 8 * BATCH;
+        uint64_t looked = gather(c, i, left, swept >= length, victims, flags, more < BATCH ? more : BATCH, &count);
+        __atomic_store_n(&c->header->hand, position + looked, __ATOMIC_SEQ_CST);
+        swept += looked;
+        if (!count)
+            continue;
+        gone = count - let_go(c, victims, flags, count);
+        want -= gone < want ? gone : want;
+        more -= gone < more ? gone : more;
+    }
+}

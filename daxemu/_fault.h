@@ -4,8 +4,10 @@
  *   _guard.c    waiting, the lock over a process's translations, and what a fork waits for
  *   _map.c      a process's regions: mapped as the entries say, within its budget of VMAs
  *   _shoot.c    messages to other processes, and the service thread that answers them
- *   _fault.c    the SIGSEGV handler: a store to a shared page gives the file pages of its own
+ *   _fault.c    a store to a shared page gives the file pages of its own
+ *   _handler.c  the signal handlers that notice it, and who was there before
  *   _commit.c   blocks of entries locked, a transaction published, its changes of entries applied, redone after a death
+ *   _cache.c, _cached.c, _evict.c, _absent.c: frames of a device that can only be read and written, see _cache.h; _device.c, the device
  *   _module.c   the Python module over these (_module.h), its types in _words.c, _region.c, _engine.c and _entries.c
  *
  * An address space is an array of entries in the run-time file: file page -> PFN and state. Rules that all code here keeps:
@@ -137,7 +139,8 @@ struct engine {
 
 extern void (*fault_step)(int); /* tests stop or kill the process at a numbered step */
 #define STEP(n) do { if (fault_step) fault_step(n); } while (0)
-enum { AT_LOCKED, AT_CLAIMED, AT_COPIED, AT_HALF, AT_ENTERED, AT_SHOT, AT_MAPPED, AT_ALL_LOCKED, AT_LIVE, AT_APPLIED, AT_FORGOTTEN };
+enum { AT_LOCKED, AT_CLAIMED, AT_COPIED, AT_HALF, AT_ENTERED, AT_SHOT, AT_MAPPED, AT_ALL_LOCKED, AT_LIVE, AT_APPLIED, AT_FORGOTTEN,
+       AT_FRAME_HELD, AT_FRAME_FILLED, AT_STORES_STOPPED, AT_WRITTEN_BACK, AT_PUNCHED, AT_FRAME_STORED };
 
 /* _guard.c */
 void guard_enter(sigset_t *before);
@@ -179,6 +182,8 @@ void service_stop(struct engine *e);
 /* _fault.c */
 int claim(struct engine *e, uint64_t pfn, uint64_t pages, uint8_t state);
 int make_private(struct engine *e, uint32_t space, uint64_t low, uint64_t high, int map);
+/* A store to `page`, by who holds nothing; [page, *high) can be stored to then. 0 or errno. */
+int fault_page(struct engine *e, uint32_t space, uint64_t page, uint64_t granule, uint64_t holes, uint64_t *high);
 int handler_install(int signal);
 int handler_needed(int signal); /* whether it was installed before */
 uint32_t record_take(struct engine *e);

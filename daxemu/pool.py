@@ -40,7 +40,7 @@ HEADER = Record(
         ("uuid", "bytes[16]", "", "identity of the pool; names its run-time file"),
         ("created", "u64", "ns since 1970", "when it was formatted"),
         ("pfn", "u64", "PFN", "0"),
-        ("policy", "u64", "", "how it is opened unless told otherwise: 0 its pages are memory, 1 a cache of blocks, 2 a cache of files' pages"),
+        ("policy", "u64", "", "how it is opened unless told otherwise: 0 dax, 1 shared, 2 per-inode"),
         ("cache", "u64", "pages", "of that cache"),
         ("checksum", "u64", "", "CRC-32 of this record with this word zero"),
     ],
@@ -68,7 +68,9 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
 
 
 class Pool:
-    """An open pool file, mapped whole: its pages are the frames. `words` (64-bit) and `bytes` view the same memory; index = PFN times 512 or 4,096.
+    """An open pool file, mapped whole: its pages are the frames.
+
+    `words` (64-bit) and `bytes` view the same memory; index = PFN times 512 or 4,096.
 
     `huge_pages`: the host stores aligned runs of 512 frames as one page, which mappings that are congruent translate at once.
 
@@ -96,7 +98,10 @@ class Pool:
             self.frames: int = header["frames"]
             self.uuid = uuids.UUID(bytes=header["uuid"])
             self.created: int = header["created"]
-            self.wanted = (POLICIES[header["policy"]] if header["policy"] < len(POLICIES) else "dax", int(header["cache"]))
+            self.wanted: tuple[str, int] = (
+                POLICIES[header["policy"] % len(POLICIES)],
+                header["cache"],
+            )  # policy, pages of cache
             if mapped:
                 protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
                 self.memory = mmap.mmap(self.fd, self.frames * PAGE, mmap.MAP_SHARED, protection)

@@ -209,16 +209,6 @@ def runtime_paths(pool: Pool) -> tuple[str, str]:
     return base, base + ".lock"
 
 
-def policy_in_use(pool: Pool) -> str | None:
-    """Return the policy that the pool's run-time file was made for; None when there is none."""
-    try:
-        with open(runtime_paths(pool)[0], "rb") as file:
-            header = HEADER.unpack(file.read(HEADER.size).ljust(HEADER.size, b"\0"))
-    except (FileNotFoundError, PermissionError):
-        return None
-    return POLICIES[header["policy"]] if header["magic"] == MAGIC and header["layout"] == LAYOUT else None
-
-
 class Layout:
     """Byte offsets of the areas, for a pool of `frames` pages."""
 

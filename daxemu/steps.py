@@ -36,6 +36,12 @@ NATIVE = (  # in the order of daxemu/_fault.h
     "transaction published",
     "entry log applied",
     "entry log done",
+    "frame held",
+    "frame filled",
+    "stores stopped",
+    "frame written back",
+    "frame punched",
+    "frame stored",
 )
 _NUMBER = {name: number for number, name in enumerate(STEPS)}
 

@@ -6,7 +6,7 @@ python -m onecopy.fs.document
 import sys
 from pathlib import Path
 
-from onecopy.blkcache import conditions, cuts, frames
+from onecopy.blkcache import cache, conditions, cuts, frames
 from onecopy.daxemu import locks, runtime, steps
 from onecopy.fs import mapped
 from onecopy.fs.btree import TREES
@@ -42,6 +42,10 @@ def format_document() -> str:
     lines += [record.markdown() for record in (runtime.HEADER, runtime.STATE, runtime.SLOT, LIVE_ROOT, *shared)]
     lines += ["### frame table (1 byte a frame)", "", "| bit | state | meaning |", "| --- | --- | --- |"]
     lines += [f"| {getattr(frames, name)} | {name} | {meaning} |" for name, meaning in frames.STATES.items()]
+    lines += ["", "## A buffer cache", "", "Volatile; in /dev/shm, beside the run-time file or under a name of its own.", ""]
+    lines += [cache.CONTROL.markdown()]
+    lines += ["### frame word (8 bytes a frame)", "", "| bits | meaning |", "| --- | --- |"]
+    lines += [f"| {bits} | {meaning} |" for bits, meaning in cache.FRAME_WORD]
     lines += ["", "## Emulated block devices", "", "For tests and benchmarks: conditions, and a journal of requests.", ""]
     lines += [record.markdown() for record in (conditions.CONDITIONS, conditions.FAILING, cuts.JOURNAL)]
     lines += ["## Findings of the check", "", "| code | means |", "| --- | --- |"]
@@ -64,8 +68,9 @@ def concurrency_document() -> str:
     lines += [f"| {rank} | {' | '.join(row)} |" for rank, row in enumerate(locks.RANKS)]
     lines += ["", _section(locks.__doc__), "", "## Readers", "", "Readers take no lock. " + _section(_announce()), ""]
     lines += ["## Reuse of frames (S5)", "", _section(_limbo())]
-    lines += ["", "## Stores through mappings (S1 to S4)", "", _contract(), "", "What a transaction does about them:", ""]
-    lines += [_section(mapped.__doc__)]
+    lines += ["", "## Stores through mappings (S1 to S4)", "", _contract("_fault.h"), ""]
+    lines += ["What a transaction does about them:", "", _section(mapped.__doc__)]
+    lines += ["", "## The buffer cache", "", _contract("_cache.h")]
     lines += ["", "## Steps at which a process may die", "", "Tests kill a process at each of these, at every arrival.", ""]
     lines += [f"{number}. {name}" for number, name in enumerate(steps.STEPS)]
     lines += ["", "In the native half, where a test can send a signal:", ""]
@@ -73,12 +78,12 @@ def concurrency_document() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _contract() -> str:
-    """Return the contract that daxemu/_fault.h states, without the list of its files."""
-    text = (Path(locks.__file__).parent / "_fault.h").read_text(encoding="utf-8")
+def _contract(name: str) -> str:
+    """Return the contract that a header in daxemu states, without its list of files."""
+    text = (Path(locks.__file__).parent / name).read_text(encoding="utf-8")
     comment = text[text.index("/*") + 2 : text.index("*/")]
     paragraphs = "\n".join(line.removeprefix(" *").removeprefix(" ") for line in comment.splitlines()).strip().split("\n\n")
-    return "\n\n".join(paragraphs[2:])
+    return "\n\n".join(paragraphs[2 if name == "_fault.h" else 1 :])
 
 
 def _announce() -> str | None:

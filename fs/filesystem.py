@@ -28,9 +28,10 @@ from onecopy.fs.btree import ROOTS
 from onecopy.fs.directory import FILE, SUBVOLUME
 from onecopy.fs.format import MAX_SIZE
 from onecopy.fs.inode import Inode
-from onecopy.fs.mount import Mount, settle_policy
+from onecopy.fs.mount import Mount
 from onecopy.fs.namei import PHANTOM, Place
 from onecopy.fs.names import Names, Progress, join
+from onecopy.fs.policy import settle_policy
 from onecopy.fs.tx import Tx, View
 
 if TYPE_CHECKING:

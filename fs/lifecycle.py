@@ -27,8 +27,8 @@ def format(
 ) -> PoolInfo:  # fmt: skip
     """Make an empty pool of `size` (bytes, or text such as "8G") at `path`; its storage grows with what it holds.
 
-    `device`: "direct", its pages are memory; "cached", it lies on what can only be read and written, and `cache_size` of it may be
-    in memory (64 MiB when left out), by `policy` "shared" or "per-inode". These are what `open` does unless told otherwise.
+    `device`: "direct", its pages are memory; "cached", it lies on what can only be read and written, and `cache_size` of
+    it may be in memory (64 MiB when left out), by `policy` "shared" or "per-inode": as `open` has it unless told otherwise.
 
     Raises FileExistsError unless `force`; PoolBusy when the pool there is in use; NoSpace; OneCopyError (EINVAL).
     """
@@ -64,10 +64,10 @@ def open(
 ) -> FileSystem:  # fmt: skip
     """Open a pool: "r+" to read and change it, "r" to read only.
 
-    `policy`: "dax", the pool's pages are memory; "shared", they are read into a buffer cache that keeps each block once; "per-inode",
-    into one that keeps each file's pages for itself, as kernels do. All who have a pool open have the same; None: as it is in
-    use, or else as it was formatted. `cache_size` (bytes, or text) limits the memory; `cache` names one that several pools
-    share. `device`: what to read and write in place of the file at `path`, the same in all processes.
+    `policy`: "dax", the pool's pages are memory; "shared", they are read into a buffer cache that keeps each block once;
+    "per-inode", into one that keeps each file's pages for itself, as kernels do. All who have a pool open have the same;
+    None: as it is in use, or else as it was formatted. `cache_size` (bytes, or text) limits the memory; `cache` names one
+    that several pools share. `device`: what to read and write in place of the file at `path`, the same in all processes.
 
     Raises FileNotFoundError, PermissionError, NotAPool, PoolVersionError, CorruptRecord, PoolBusy, RuntimeLost.
     """

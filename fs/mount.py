@@ -9,23 +9,21 @@ import errno
 import os
 import weakref
 from collections.abc import Callable
-from contextlib import suppress
 from typing import TypeVar
 
 import numpy as np
 
+from onecopy.blkcache.cache import NO_OPTIONS, CacheOptions, open_pool
 from onecopy.blkcache.frames import DIRTY, FRESH, NODE, USED, Frames, reserve_of
 from onecopy.blkcache.limbo import INTENT_RECLAIM, Limbo
-from onecopy.blkcache.cache import NO_OPTIONS, CacheOptions, cache_paths, open_pool
 from onecopy.blkcache.spaces import Spaces
 from onecopy.daxemu import slots
 from onecopy.daxemu._fault import Engine
-from onecopy.daxemu.errors import NoSpace, OneCopyError, PoolBusy, ReadOnly, posix
+from onecopy.daxemu.errors import NoSpace, OneCopyError, ReadOnly, posix
 from onecopy.daxemu.locks import RankedLock, reopen, try_mount
 from onecopy.daxemu.mapping import Mapping
 from onecopy.daxemu.persist import Volatile
-from onecopy.daxemu.pool import Pool
-from onecopy.daxemu.runtime import W, attach, finish, not_alone, open_lock, policy_in_use, runtime_paths
+from onecopy.daxemu.runtime import W, attach, finish, not_alone, open_lock, runtime_paths
 from onecopy.daxemu.slots import Slot
 from onecopy.daxemu.steps import reach
 from onecopy.fs import counts, rebuild, superblock
@@ -260,7 +258,7 @@ class Mount:
         self._sync()
         self.limbo.reclaim(self.view.limbo_tail)
         if self.pool.cached:
-            self.frames.give_back(0)  # also what nodes that came to nothing keep in memory
+            self.frames.give_back()  # also what nodes that came to nothing keep in memory
         self.frames.recount()
 
     # ------------------------------------------------------------- sync
@@ -332,10 +330,7 @@ class Mount:
         reach("flags cleaned")
         runtime.set("intent", 0)
         self.limbo.reclaim(view.limbo_tail)
-        if pool.cached:
-            self.frames.give_back(0)
-        else:
-            self.frames.give_back(faults=bool(self.spaces.with_entries()))
+        self.frames.give_back(faults=bool(self.spaces.with_entries()))
 
     # ---------------------------------------------------------- mapping
 
@@ -437,33 +432,6 @@ class Mount:
         fd, self.lock.fd = self.lock.fd, -1
         os.close(fd)
         self.pool.close()
-
-
-def settle_policy(path: str, options: CacheOptions) -> None:
-    """Let a pool that was last used under another policy, and that nobody has open, be opened under the one that is asked for.
-
-    What processes that died have left in its run-time file, or in its cache, is made durable first. PoolBusy.
-    """
-    if options.policy is None:
-        return
-    pool = Pool(path, writable=False)
-    try:
-        in_use = policy_in_use(pool)
-    finally:
-        pool.close()
-    if in_use in (None, options.policy):
-        return
-    old = Mount(path, writable=True, cache=CacheOptions(policy=in_use, name=options.name, device=options.device))
-    try:
-        old.sync()
-        with old.lock:
-            if not try_mount(old.pool.fd, exclusive=True):
-                raise PoolBusy(f"processes have the pool open with policy {in_use!r}; 'onecopy info' lists them", path=path)
-            for name in (*runtime_paths(old.pool), *cache_paths(old.pool)):
-                with suppress(FileNotFoundError):
-                    os.unlink(name)
-    finally:
-        old.close()
 
 
 def _at_exit() -> None:

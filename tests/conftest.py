@@ -3,6 +3,7 @@
 import os
 import secrets
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -27,11 +28,11 @@ def _policy(request: pytest.FixtureRequest) -> Iterator[None]:
 
     plain = lifecycle._cache_of
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            lifecycle,
-            "_cache_of",
-            lambda device, size, kind: (policy, _CACHE) if (device, size, kind) == ("direct", None, None) else plain(device, size, kind),
-        )
+
+        def cached(*wanted: Any) -> tuple[str, int]:
+            return (policy, _CACHE) if wanted == ("direct", None, None) else plain(*wanted)
+
+        patch.setattr(lifecycle, "_cache_of", cached)
         yield
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from onecopy.blkcache import frames, spaces
+from onecopy.blkcache import cache, frames, spaces
 from onecopy.daxemu import runtime, units
 from onecopy.daxemu._fault import Region, Words, sizes
 from onecopy.daxemu.units import PAGE
 
-HEADER = (Path(__file__).parents[2] / "daxemu" / "_fault.h").read_text(encoding="utf-8")
+HEADER = "".join((Path(__file__).parents[2] / "daxemu" / name).read_text(encoding="utf-8") for name in ("_fault.h", "_cache.h"))
 
 
 def runs(*triples: tuple[int, int, int]) -> bytes:
@@ -199,10 +199,15 @@ RECORDS = {
     "bell": runtime.BELL,
     "run": runtime.RUN,
     "counters": runtime.COUNTERS,
+    "cache_header": cache.CONTROL,
 }
 NUMBERS = {
     "PAGE": PAGE,
     "SLOTS": runtime.SLOTS,
+    "DEVICES": cache.DEVICES,
+    "SPAN": cache.SPAN,
+    "COPIES": cache.COPIES,
+    "USERS": cache.USERS,
     "RECORDS": runtime.MESSAGES,
     "SPACES": runtime.SPACES,
     "LOCKS": runtime.LOCKS,

@@ -87,7 +87,7 @@ def header_with(path: str, **changes: object) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "error"),
-    [({"magic": 1}, onecopy.NotAPool), ({"version": 2}, onecopy.PoolVersionError), ({"page_size": 512}, onecopy.CorruptRecord),
+    [({"magic": 1}, onecopy.NotAPool), ({"version": 1}, onecopy.PoolVersionError), ({"page_size": 512}, onecopy.CorruptRecord),
      ({"frames": 1 << 30}, onecopy.NotAPool)],
 )  # fmt: skip
 def test_what_is_no_pool_of_ours_is_refused(small, changes, error):

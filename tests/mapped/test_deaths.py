@@ -14,7 +14,7 @@ from .common import PAGE, assert_all_ended, content, counter
 
 PAGES = 1100  # three blocks
 FAULT = steps.NATIVE[:7]
-COMMIT = steps.NATIVE[7:]
+COMMIT = steps.NATIVE[7:11]
 
 
 def some(first, second):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-NAMES = ("_guard", "_map", "_shoot", "_fault", "_commit")
+NAMES = ("_guard", "_map", "_shoot", "_fault", "_handler", "_commit", "_device", "_cache", "_cached", "_evict", "_absent")
 SOURCES = [HERE / "driver.c", *(HERE.parents[1] / "daxemu" / f"{name}.c" for name in NAMES)]
 WARNINGS = ["-std=c11", "-Wall", "-Wextra", "-Werror"]
 COMPILER = os.environ.get("CC", "cc")
