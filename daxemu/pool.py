@@ -227,14 +227,11 @@ class Pool:
             return error
         return NoSpace(f"the file system that holds the pool gave no more room ({error.strerror})", path=self.path)
 
-    def close(self, *, unlock: bool = True) -> None:
-        """Unmap and close; releases the mount lock, which lives on this descriptor.
-
-        Without `unlock` what still maps the file keeps the lock: an array over a frame, a forked child.
-        """
+    def close(self) -> None:
+        """Unmap and close; releases the mount lock, which lives on this descriptor."""
         release(self.words, self.bytes, self.memory)
-        if unlock:
-            fcntl.flock(self.fd, fcntl.LOCK_UN)
+        # Closing alone would leave the lock to what still maps the file: an array over a frame, a forked child.
+        fcntl.flock(self.fd, fcntl.LOCK_UN)
         os.close(self.fd)
 
 

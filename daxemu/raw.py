@@ -1,17 +1,19 @@
 """The raw door: a pool's frames by PFN, past every file, as device-dax gives a real NVDIMM's.
 
-What it shows and changes is the pool itself, header, superblocks and trees included. Nobody checks what is stored there.
+What it shows and changes is the pool itself, header, superblocks and trees included. Nobody checks what is stored there. Of
+a pool with a buffer cache it shows what lies at its path: while it is in use, what has changed may be in the cache only.
 """
 
 import errno
 import mmap
 import os
+import stat
 from types import TracebackType
 
 from onecopy.daxemu.errors import PoolBusy, ReadOnly, invalid, posix
-from onecopy.daxemu.locks import mark_raw, try_mount
+from onecopy.daxemu.locks import mark_raw, open_private, try_mount
 from onecopy.daxemu.pool import Pool
-from onecopy.daxemu.runtime import is_settled, runtime_paths
+from onecopy.daxemu.runtime import COUNTERS, HEADER, LAYOUT, MAGIC, STATE, Layout, runtime_paths
 from onecopy.daxemu.units import PAGE
 
 BUSY = "processes have the pool open; 'onecopy info' lists them"
@@ -27,7 +29,7 @@ class RawDevice:
     page_size = PAGE
 
     def __init__(self, path: str | os.PathLike[str], *, writable: bool) -> None:
-        pool = Pool(os.fspath(path), writable=writable)
+        pool = Pool(os.fspath(path), writable=writable, mapped=False)
         try:
             if not try_mount(pool.fd, exclusive=writable):
                 raise PoolBusy(BUSY if writable else "the pool is being formatted, repaired or stored to", path=pool.path)
@@ -37,7 +39,7 @@ class RawDevice:
             if (status.st_dev, status.st_ino) != (pool.status.st_dev, pool.status.st_ino):
                 raise PoolBusy("the pool was replaced while it was being opened; try again", path=pool.path)
         except BaseException:
-            pool.close()
+            os.close(pool.fd)
             raise
         self._pool, self.path, self.writable, self.closed = pool, pool.path, writable, False
         self.frames: int = pool.frames
@@ -47,7 +49,7 @@ class RawDevice:
 
         The lock file beside it stays: who opened that a moment ago would lock a file that nobody else finds.
         """
-        if not is_settled(self._pool):
+        if not _is_settled(self._pool):
             return False
         try:
             os.unlink(runtime_paths(self._pool)[0])
@@ -68,7 +70,8 @@ class RawDevice:
             return mmap.mmap(self._pool.fd, pages * PAGE, mmap.MAP_SHARED, mmap.PROT_READ, offset=pfn * PAGE)
         if not self.writable:
             raise ReadOnly("the raw device is open for reading only", path=self.path)
-        self._pool.back(pfn, pages)  # a store to a frame without storage would be a SIGBUS where the host has none left
+        if stat.S_ISREG(self._pool.status.st_mode):
+            self._pool.back(pfn, pages)  # a store to a frame without storage would be a SIGBUS where the host has none left
         return mmap.mmap(self._pool.fd, pages * PAGE, offset=pfn * PAGE)
 
     def flush(self, pfn: int, pages: int) -> None:
@@ -87,10 +90,32 @@ class RawDevice:
         """Close, without a flush; closing twice is nothing. Buffers stay valid, the lock held, until the last one is gone."""
         if not self.closed:
             self.closed = True
-            self._pool.close(unlock=False)
+            os.close(self._pool.fd)  # no more: the lock is also held by what still maps the file
 
     def __enter__(self) -> "RawDevice":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+
+def _is_settled(pool: Pool) -> bool:
+    """Return True when nothing would be lost with the pool's run-time file: there is none, or all in it has been synced.
+
+    The caller holds the mount lock exclusively.
+    """
+    try:
+        fd = open_private(runtime_paths(pool)[0], os.O_RDONLY)
+    except FileNotFoundError:
+        return True
+    try:
+        header = HEADER.unpack(os.pread(fd, HEADER.size, 0).ljust(HEADER.size, b"\0"))
+        if header["magic"] != MAGIC or header["layout"] != LAYOUT or header["frames"] != pool.frames:
+            return True  # nobody would use it
+        state = STATE.unpack(os.pread(fd, STATE.size, HEADER.size).ljust(STATE.size, b"\0"))
+        counters = COUNTERS.unpack(os.pread(fd, COUNTERS.size, Layout(pool.frames).counters).ljust(COUNTERS.size, b"\0"))
+    finally:
+        os.close(fd)
+    live = state["live_generation"]
+    finished = not state["intent"] and not state["log_count"] and state["taken_generation"] <= live
+    return bool(finished and live == state["durable_generation"] and not counters["dirty"] and not counters["held"])

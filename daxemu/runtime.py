@@ -379,28 +379,6 @@ def not_alone(pool: Pool, lost: str) -> OneCopyError:
     return RuntimeLost(lost, path=pool.path)
 
 
-def is_settled(pool: Pool) -> bool:
-    """Return True when nothing would be lost with the pool's run-time file: there is none, or all in it has been synced.
-
-    The caller holds the mount lock exclusively.
-    """
-    try:
-        fd = open_private(runtime_paths(pool)[0], os.O_RDONLY)
-    except FileNotFoundError:
-        return True
-    try:
-        header = HEADER.unpack(os.pread(fd, HEADER.size, 0).ljust(HEADER.size, b"\0"))
-        if header["magic"] != MAGIC or header["layout"] != LAYOUT or header["frames"] != pool.frames:
-            return True  # nobody would use it
-        state = STATE.unpack(os.pread(fd, STATE.size, HEADER.size).ljust(STATE.size, b"\0"))
-        counters = COUNTERS.unpack(os.pread(fd, COUNTERS.size, Layout(pool.frames).counters).ljust(COUNTERS.size, b"\0"))
-    finally:
-        os.close(fd)
-    live = state["live_generation"]
-    finished = not state["intent"] and not state["log_count"] and state["taken_generation"] <= live
-    return bool(finished and live == state["durable_generation"] and not counters["dirty"] and not counters["held"])
-
-
 def attach(pool: Pool, lock: RankedLock) -> tuple[Runtime, bool]:
     """Attach to the pool's run-time file, or make an empty one; True with it when it must be filled (see `finish`).
 

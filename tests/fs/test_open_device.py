@@ -292,3 +292,31 @@ def test_no_descriptor_is_left(small):
             onecopy.open_device(small)
     gc.collect()
     assert sorted(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("policy", ["shared", "per-inode"])
+def test_a_pool_with_a_buffer_cache(tmp_path, policy):
+    """What the cache holds is on the device before the door opens, and is not believed afterwards."""
+    path = str(tmp_path / "pool")
+    onecopy.format(path, "4M", device="cached", cache_size="2M", policy=policy)
+    try:
+        reader, writer = os.pipe()
+        pid = os.fork()
+        if not pid:
+            fs = onecopy.open(path)
+            fs.write("/file", b"A" * PAGE + b"B" * PAGE)
+            os.write(writer, fs.map("/file").pfns[1].tobytes())
+            os.kill(os.getpid(), signal.SIGKILL)
+        os.waitpid(pid, 0)
+        pfn = int.from_bytes(os.read(reader, 8), "little")
+        os.close(reader)
+        os.close(writer)
+        with onecopy.open_device(path) as device, device.map(pfn, 1, "r+") as memory:
+            assert memory[:] == b"B" * PAGE
+            memory[:3] = b"raw"
+            device.flush(pfn, 1)
+        with onecopy.open(path) as fs:
+            assert fs.read("/file", PAGE, 4) == b"rawB"
+            assert fs.check().findings == []
+    finally:
+        onecopy.remove(path)
