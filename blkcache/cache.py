@@ -326,6 +326,10 @@ class CachedPool(Pool):
                 self.cache.set_window(space, 0, 0)
                 self.cache.drop_copies(first, pages)
 
+    def rest(self) -> None:
+        """The last user is about to close the pool: its frames go, but those that could not be written back."""
+        self.cache.trim()
+
     def expect_child(self) -> None:
         """Before a fork: make the child a user of the cache."""
         fd = reopen(self._control)

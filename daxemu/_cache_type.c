@@ -257,6 +257,16 @@ static PyObject *cache_shrink(PyObject *object, PyObject *unused)
     Py_RETURN_NONE;
 }
 
+static PyObject *cache_trim_frames(PyObject *object, PyObject *unused)
+{
+    (void)unused;
+    struct cache *c = cache_of(object);
+    if (!c)
+        return NULL;
+    QUIETLY(cache_trim(c));
+    Py_RETURN_NONE;
+}
+
 static PyObject *cache_error(PyObject *object, PyObject *unused)
 {
     (void)unused;
@@ -358,6 +368,7 @@ static PyMethodDef cache_methods[] = {
     {"write_back", cache_write, METH_VARARGS, "write_back(pfn, pages): write the dirty ones to the device. OSError (EIO, ENOSPC)."},
     {"drop", cache_drop_frames, METH_VARARGS, "drop(pfn, pages): forget them; what was dirty is lost."},
     {"shrink", cache_shrink, METH_NOARGS, "shrink(): evict down to the limit."},
+    {"trim", cache_trim_frames, METH_NOARGS, "trim(): forget what is on the device, too."},
     {"error", cache_error, METH_NOARGS, "error() -> (errno, pfn) or None: a block that the pool's memory could not show since the last call."},
     {"expect_child", cache_expect_child, METH_VARARGS, "expect_child(control_fd): a user's number for the next fork's child, on a description of its own."},
     {"set_window", cache_set_window, METH_VARARGS, "set_window(space, first, pages): an inode's copies, counted from the device's first one; 0 pages: it has none."},

@@ -172,6 +172,24 @@ int cache_flush(struct cache *c)
     return device_flush(&c->device);
 }
 
+/* Forget what the device has, too: nobody uses it for now. */
+void cache_trim(struct cache *c)
+{
+    for (uint64_t i = c->base; i < c->base + c->frames; i++) {
+        uint64_t flags;
+        if (!(__atomic_load_n(&c->words[i], __ATOMIC_SEQ_CST) & F_RESIDENT) || !frame_hold(c, i, 0, &flags))
+            continue;
+        if (flags & F_RESIDENT && !(flags & (F_DIRTY | F_KEPT))) {
+            frame_note(c, i, 0);
+            frames_punch(c, i, 1);
+            frames_unpromise(c, 1);
+            frame_left(c, flags);
+            flags = 0;
+        }
+        frame_release(c, i, flags);
+    }
+}
+
 void cache_moved(struct cache *c, uint32_t space, uint64_t page, uint64_t pages)
 {
     uint64_t window = c->windows ? __atomic_load_n(&c->windows[2 * space], __ATOMIC_SEQ_CST) : 0;

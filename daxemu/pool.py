@@ -145,6 +145,9 @@ class Pool:
     def end_copies(self, space: int) -> None:
         """An address space has ended."""
 
+    def rest(self) -> None:
+        """The last user is about to close the pool."""
+
     def expect_child(self) -> None:
         """Before a fork."""
 

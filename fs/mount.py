@@ -293,11 +293,9 @@ class Mount:
         runtime, pool, array = self.runtime, self.pool, self.frames.array
         generation = runtime.atomic.load(_LIVE)
         view = View(runtime, pool, generation)
-        # Stores go to private pages and leave no mark; where flushing does something, all of these are flushed.
+        # Stores go to private pages and leave no mark; where flushing does something, all of these are flushed. A cache knows.
         marks = not self.spaces.any_entries or isinstance(pool.persistence, Volatile)
-        stored = [] if marks else self.spaces.private_runs()
-        if pool.cached:  # which knows better: also of stores through mappings that have ended
-            stored = [(0, pool.frames)]
+        stored = [(0, pool.frames)] if pool.cached else [] if marks else self.spaces.private_runs()
         if generation == runtime.get("durable_generation") and runtime.get("intent") != INTENT_SYNC:
             for first, pages in stored:
                 pool.persistence.flush(first, pages)
@@ -419,6 +417,8 @@ class Mount:
     def detach(self) -> None:
         """Give up the slot and close the files: the handle is closed, its last mapping has ended. The lock is held."""
         if self.slot.fd >= 0:
+            if slots.taken(self.runtime) == [self.slot.index]:
+                self.pool.rest()
             self.engine.close()
             self.slot.release()
             self.slot.fd = -1
