@@ -149,6 +149,19 @@ class Spaces:
         wanted = records[:, _STATE] == state if state else records[:, _STATE] != 0
         return [int(i) for i in np.flatnonzero(wanted & (records[:, _PAGES] != 0))]
 
+    def shadows(self, pfn: int) -> list[tuple[int, int, int]]:
+        """Return (subvolume, inode number, page) of every entry that points at frame `pfn`: the reverse map.
+
+        Nothing keeps it: who needs it (a memory error, say) looks at all entries, in one vectorised pass a space. A private page
+        has one such entry (S2), a shared one as many as files that are mapped show it.
+        """
+        found = []
+        for index in self.with_entries():
+            words = self._all(index)
+            here = (words & np.uint64(PFN_MASK) == np.uint64(pfn)) & (words & np.uint64(BEYOND) == 0)
+            found += [(*self.key(index), int(page)) for page in np.flatnonzero(here)]
+        return found
+
     def private_runs(self) -> list[tuple[int, int]]:
         """Return the runs of frames that may be stored to at any time, without anybody being told."""
         found = [np.zeros(0, np.int64)]

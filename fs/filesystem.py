@@ -341,6 +341,12 @@ class FileSystem(Names):
         with self._mount.reading() as view:
             return usage.file_extents(view, namei.file_at(view, path))
 
+    def shadows(self, pfn: int) -> list[tuple[int, int, int]]:
+        """Return (subvolume, inode number, page) of each page of a file mapped by its entries that shows frame `pfn`."""
+        with self._mount.lock:
+            self._mount.check_open()
+            return self._mount.spaces.shadows(pfn)
+
     def du(self, path: str = "/") -> "Usage":
         """Return what the tree at `path` holds: logical bytes, bytes only it reaches, bytes it shares with others."""
         from onecopy.fs import usage
