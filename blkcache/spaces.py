@@ -152,8 +152,8 @@ class Spaces:
     def shadows(self, pfn: int) -> list[tuple[int, int, int]]:
         """Return (subvolume, inode number, page) of every entry that points at frame `pfn`: the reverse map.
 
-        Nothing keeps it: who needs it (a memory error, say) looks at all entries, in one vectorised pass a space. A private page
-        has one such entry (S2), a shared one as many as files that are mapped show it.
+        Nothing keeps it: who needs it (a memory error, say) looks at all entries, in one vectorised pass a space. A private
+        page has one such entry (S2), a shared one as many as files that are mapped show it.
         """
         found = []
         for index in self.with_entries():

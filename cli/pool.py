@@ -81,8 +81,22 @@ def _show_info(verb: str, info: onecopy.PoolInfo, *, as_json: bool) -> None:
             ("subvolumes", info.subvolumes),
             ("stores to shared pages", f"{info.faults:,}"),
             ("shootdowns", _shootdowns(info)),
+            ("policy", info.policy),
+            *_cache_facts(info),
         ]
     )
+
+
+def _cache_facts(info: onecopy.PoolInfo) -> list[tuple[str, str]]:
+    cache = info.cache
+    if cache is None:
+        return []
+    return [
+        ("cache", f"{show.size(cache.limit * info.page_size)}, of which {show.size(cache.resident * info.page_size)} in use"),
+        ("read from the device", f"{cache.fills:,} pages; {cache.hits:,} times one was there"),
+        ("evicted, written back", f"{cache.evictions:,}, {cache.written:,} pages"),
+        ("refused by the device", f"{cache.errors:,} requests"),
+    ]
 
 
 def _shootdowns(info: onecopy.PoolInfo) -> str:
