@@ -23,9 +23,9 @@ def format_pool(
     size: Annotated[str, typer.Option(metavar="SIZE", help="Bytes, or a number with K, M, G or T.")] = "8G",
     force: Annotated[bool, typer.Option("--force", help="Replace what is there, with all it holds.")] = False,
     device: Annotated[
-        str,
+        str | None,
         typer.Option(metavar="KIND", help="'direct': its pages are memory; 'cached': it can only be read and written."),
-    ] = "direct",
+    ] = None,
     cache_size: Annotated[
         str | None, typer.Option(metavar="SIZE", help="How much of a cached pool may be in memory; 64M when left out.")
     ] = None,

@@ -23,12 +23,13 @@ _ATTEMPTS = 8  # at a raw device, while others use the file system in between
 
 def format(
     path: str | os.PathLike[str], size: int | str = "8G", *, force: bool = False, mode: int = 0o600,
-    device: str = "direct", cache_size: int | str | None = None, policy: str | None = None,
+    device: str | None = None, cache_size: int | str | None = None, policy: str | None = None,
 ) -> PoolInfo:  # fmt: skip
     """Make an empty pool of `size` (bytes, or text such as "8G") at `path`; its storage grows with what it holds.
 
-    `device`: "direct", its pages are memory; "cached", it lies on what can only be read and written, and `cache_size` of
-    it may be in memory (64 MiB when left out), by `policy` "shared" or "per-inode": as `open` has it unless told otherwise.
+    `device`: "direct" (the default), its pages are memory; "cached", it lies on what can only be read and written, and
+    `cache_size` of it may be in memory (64 MiB when left out), by `policy` "shared" (the default then) or "per-inode":
+    as `open` has it unless told otherwise.
 
     Raises FileExistsError unless `force`; PoolBusy when the pool there is in use; NoSpace; OneCopyError (EINVAL).
     """
@@ -42,8 +43,10 @@ def format(
         return fs.info()
 
 
-def _cache_of(device: str, cache_size: int | str | None, policy: str | None) -> tuple[str, int]:
+def _cache_of(device: str | None, cache_size: int | str | None, policy: str | None) -> tuple[str, int]:
     """Return the policy and the pages of cache that a pool's header is to name."""
+    if device is None:
+        device = "direct" if cache_size is None and policy in (None, "dax") else "cached"
     if device not in ("direct", "cached"):
         raise invalid(f"device {device!r}: say 'direct' or 'cached'")
     policy = policy or ("dax" if device == "direct" else "shared")

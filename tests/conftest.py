@@ -30,7 +30,7 @@ def _policy(request: pytest.FixtureRequest) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
 
         def cached(*wanted: Any) -> tuple[str, int]:
-            return (policy, _CACHE) if wanted == ("direct", None, None) else plain(*wanted)
+            return (policy, _CACHE) if wanted == (None, None, None) else plain(*wanted)
 
         patch.setattr(lifecycle, "_cache_of", cached)
         yield
