@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import onecopy
 
@@ -189,11 +189,11 @@ def folder() -> Iterator[Path]:
 
 
 @contextmanager
-def new_pool(size: int) -> Iterator[str]:
+def new_pool(size: int, **options: Any) -> Iterator[str]:
     """Format a pool of `size` bytes in /dev/shm; it is removed afterwards, so nobody may have it open then."""
     with folder() as inside:
         path = str(inside / "bench.pool")
-        onecopy.format(path, size)
+        onecopy.format(path, size, **options)
         try:
             yield path
         finally:
