@@ -17,15 +17,13 @@ from onecopy.benchmarks.growth import Found
 from onecopy.benchmarks.harness import MiB, Row
 from onecopy.benchmarks.ways import BASE, Way
 
-SIZE = 32 * MiB
-PAGES = SIZE // PAGE
-
 
 def measure(quick: bool) -> list[Row]:
     return list(compare(quick).rows)
 
 
 def compare(quick: bool) -> Comparison:
+    size = (4 if quick else 32) * MiB
     return growth.compare(
         "by_extents",
         "What grows with the fragmentation of a file?",
@@ -33,19 +31,20 @@ def compare(quick: bool) -> Comparison:
         growth.steps_of(quick, (2, 64), (2, 16, 128, 1024, 8192)),
         step,
         3 if quick else 20,
-        f"a file of {onecopy.format_size(SIZE)}",
+        f"a file of {onecopy.format_size(size)}",
         quick,
-        room=lambda _: 4 * SIZE,
-        base=lambda _: SIZE,
+        room=lambda _: 4 * size,
+        base=lambda _: size,
     )
 
 
 def step(way: Way, extents: float, rounds: int) -> Found:
     """Measure with a file of so many extents."""
-    every = 2 * PAGES // int(extents)
     with way.open() as files:
+        with files.map(BASE) as mapped:
+            pages = mapped.words.nbytes // PAGE
         files.clone(BASE, "many")
-        for page in range(0, PAGES, every):
+        for page in range(0, pages, 2 * pages // int(extents)):
             files.write("many", os.urandom(PAGE), page * PAGE)
         files.sync()
         found = growth.cycles(files, "many", rounds)

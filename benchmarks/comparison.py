@@ -233,11 +233,12 @@ def main(compare: Callable[[bool], Comparison]) -> None:
 
         pictures.draw(found, wanted.png)
     if wanted.json:
-        print(json.dumps({"schema": 1, "quick": wanted.quick, "rows": rows_of(found), "comparisons": [asdict(found)]}))
+        print(json.dumps({"schema": 1, "quick": wanted.quick, "machine": found.machine} | as_json([found])))
     else:
         show(found)
 
 
-def rows_of(found: Comparison) -> list[dict[str, object]]:
-    """Return the rows of a comparison as JSON has them."""
-    return [asdict(row) for row in found.rows]
+def as_json(found: Sequence[Comparison]) -> dict[str, object]:
+    """Return comparisons as JSON has them: their rows among those of other benchmarks, and the whole of them."""
+    rows = [{"benchmark": one.name, **asdict(row)} for one in found for row in one.rows]
+    return {"rows": rows, "comparisons": [asdict(one) for one in found]}

@@ -1,6 +1,6 @@
 """Writes docs/benchmarks.md and its pictures from docs/benchmarks.json; a test fails when they say something else.
 
-python -m onecopy.benchmarks.document [FOUND.json ...]
+python -m onecopy.benchmarks.document [--redraw] [FOUND.json ...]
 
 The arguments are what `onecopy bench --json` printed: their benchmarks are first put into docs/benchmarks.json, in the
 place of what it had under the same names.
@@ -135,13 +135,18 @@ def load(folder: Path = FOLDER) -> Found:
     return found
 
 
-def write(found: Found, folder: Path = FOLDER, *, draw: bool = True) -> list[Path]:
-    """Write the data, the document and the pictures; return their paths."""
+def write(found: Found, folder: Path = FOLDER, *, redraw: bool = False) -> list[Path]:
+    """Write the data, the document, and the pictures that were drawn from other data (or all); return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     data, text = folder / DATA, folder / TEXT
     data.write_text(json.dumps({"schema": 1, "benchmarks": found}, indent=1) + "\n", encoding="utf-8")
     text.write_text(document(found), encoding="utf-8")
-    return [data, text, *(pictures.draw(one, folder) for one in comparisons(found) if draw)]
+    stale = [
+        one
+        for one in comparisons(found)
+        if redraw or pictures.drawn_from(folder / f"{one.name}.png") != pictures.fingerprint(one)
+    ]
+    return [data, text, *(pictures.draw(one, folder) for one in stale)]
 
 
 def main() -> None:
@@ -150,10 +155,12 @@ def main() -> None:
         prog="python -m onecopy.benchmarks.document", description=(__doc__ or "").partition("\n")[0]
     )
     parser.add_argument("found", nargs="*", metavar="FOUND.json", help="what `onecopy bench --json` printed")
+    parser.add_argument("--redraw", action="store_true", help="draw all pictures anew")
+    wanted = parser.parse_args()
     found = load()
-    for path in parser.parse_args().found:
+    for path in wanted.found:
         found = merge(found, json.loads(Path(path).read_text(encoding="utf-8")))
-    for path in write(found):
+    for path in write(found, redraw=wanted.redraw):
         print(f"wrote {path}", file=sys.stderr)
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import struct
 import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -42,6 +43,7 @@ STYLES = {
 }
 WIDEST = 4.2  # of lines, in points; each further one is 0.5 thinner
 KEY = "Description"  # of a PNG: the fingerprint of what was drawn
+PNG = b"\x89PNG\r\n\x1a\n"
 APART = 0.052  # least distance of two labels, in heights of a panel
 
 
@@ -71,7 +73,8 @@ def draw(found: Comparison, folder: str | os.PathLike[str]) -> Path:
         if panel.axis:
             _draw_lines(panel, axis)
         else:
-            _draw_bars(panel, axis, log=log, behind=0.3 * columns)
+            _draw_bars(panel, axis, log=log, behind=0.4 * columns)
+            axis.label_outer()  # the cases are the same in all panels
         axis.set_title(f"{panel.title}\n{panel.unit}, {panel.better} is better", loc="left", fontsize=10.5, color=INK)
         for side in ("top", "right"):
             axis.spines[side].set_visible(False)
@@ -80,6 +83,19 @@ def draw(found: Comparison, folder: str | os.PathLike[str]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     picture.savefig(path, format="png", metadata={KEY: fingerprint(found), "Software": "onecopy"})
     return path
+
+
+def drawn_from(path: Path) -> str | None:
+    """Return the fingerprint in a picture; None where there is no picture, or none of ours."""
+    data = path.read_bytes() if path.exists() else b""
+    at = len(PNG)
+    while data.startswith(PNG) and at + 8 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, at)
+        key, _, text = data[at + 8 : at + 8 + length].partition(b"\0")
+        if kind == b"tEXt" and key == KEY.encode():
+            return text.decode("latin-1")
+        at += 12 + length  # with the length itself, the kind and a checksum
+    return None
 
 
 def _footnote(found: Comparison) -> str:
@@ -207,11 +223,11 @@ def _draw_bars(panel: Panel, axis: Axes, *, log: bool, behind: float) -> None:
     if log:
         axis.set_xscale("log")
         axis.set_xlim(left, high * (high / left) ** behind)
-        _mark(axis.xaxis, left, high)
     else:
         axis.set_xlim(0, high * (1 + behind))
     axis.set_ylim(row - 0.9, -0.9)
     axis.set_yticks(ticks, [str(case) for case in panel.cases], fontsize=9.5, color=INK)
     axis.tick_params(left=False)
-    axis.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
-    axis.set_xlabel(panel.unit + (", logarithmic" if log else ""), fontsize=9, color=FAINT)
+    axis.set_xticks([])
+    axis.set_xticks([], minor=True)  # every bar has its figure
+    axis.set_xlabel("logarithmic scale" if log else "", fontsize=9, color=FAINT)
