@@ -40,10 +40,10 @@ stress: $(STAMP)  ## processes that store, clone and are killed on the same file
 bench: $(STAMP)  ## every figure of the benchmarks, side by side
 	$(BIN)/onecopy bench
 
-figures: $(STAMP) ## measure all again, and write docs/benchmarks.md with its pictures (wants a quiet machine)
-	$(BIN)/onecopy bench --json > $(VENV)/figures.json
-	$(BIN)/python -m onecopy.benchmarks.document $(VENV)/figures.json
-	rm $(VENV)/figures.json
+figures: $(STAMP) ## measure (NAMES="copies reads", or all) and write docs/benchmarks.md; wants a quiet machine
+	for name in $${NAMES:-$$($(BIN)/onecopy bench --list | cut -d' ' -f1)}; do echo "$$name"; \
+		$(BIN)/onecopy bench "$$name" --json > $(VENV)/figures.json || exit; \
+		$(BIN)/python -m onecopy.benchmarks.document $(VENV)/figures.json || exit; done
 
 docs: $(STAMP)   ## write FORMAT.md, CONCURRENCY.md and docs/benchmarks.md anew from tables and figures
 	$(BIN)/python -m onecopy.fs.document
