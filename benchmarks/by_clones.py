@@ -9,9 +9,10 @@ from __future__ import annotations
 import onecopy
 from onecopy.benchmarks import comparison, growth
 from onecopy.benchmarks.comparison import Comparison
+from onecopy.benchmarks.files import BASE
 from onecopy.benchmarks.growth import Found
 from onecopy.benchmarks.harness import MiB, Row
-from onecopy.benchmarks.ways import BASE, Way
+from onecopy.benchmarks.ways import Way
 
 SIZE = 4 * MiB
 

@@ -13,9 +13,10 @@ import onecopy
 from onecopy import PAGE
 from onecopy.benchmarks import comparison, growth
 from onecopy.benchmarks.comparison import Comparison
+from onecopy.benchmarks.files import BASE
 from onecopy.benchmarks.growth import Found
 from onecopy.benchmarks.harness import MiB, Row
-from onecopy.benchmarks.ways import BASE, Way
+from onecopy.benchmarks.ways import Way
 
 
 def measure(quick: bool) -> list[Row]:

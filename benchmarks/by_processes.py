@@ -12,11 +12,12 @@ from contextlib import ExitStack
 from time import perf_counter_ns
 
 import onecopy
-from onecopy.benchmarks import comparison, growth, ways
+from onecopy.benchmarks import comparison, growth
 from onecopy.benchmarks.comparison import Comparison
+from onecopy.benchmarks.files import BASE, read_all
 from onecopy.benchmarks.growth import Found
 from onecopy.benchmarks.harness import MiB, Row
-from onecopy.benchmarks.ways import BASE, Way
+from onecopy.benchmarks.ways import Way
 from onecopy.benchmarks.workers import Pipe, ask, workers
 from onecopy.cli import measure as memory
 
@@ -81,7 +82,7 @@ def working(pipe: Pipe, way: Way) -> None:
                 start = perf_counter_ns()
                 one = held.enter_context(files.map(told))
                 mapped = perf_counter_ns()
-                ways.read_all(one.words)
+                read_all(one.words)
                 pipe.send((mapped - start, perf_counter_ns() - mapped))
                 ranges = [one.range]
 

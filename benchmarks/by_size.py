@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from onecopy.benchmarks import comparison, growth
 from onecopy.benchmarks.comparison import Comparison
+from onecopy.benchmarks.files import BASE
 from onecopy.benchmarks.growth import Found
 from onecopy.benchmarks.harness import MiB, Row
-from onecopy.benchmarks.ways import BASE, Way
+from onecopy.benchmarks.ways import Way
 
 
 def measure(quick: bool) -> list[Row]:

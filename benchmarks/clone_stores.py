@@ -16,11 +16,11 @@ import onecopy
 from onecopy import PAGE
 from onecopy.benchmarks import comparison, ways
 from onecopy.benchmarks.comparison import Comparison, Panel, times
+from onecopy.benchmarks.files import BASE, KERNEL, Files, touch
 from onecopy.benchmarks.harness import MiB, Row
 from onecopy.benchmarks.stores import Indexes, random_pages, store
-from onecopy.benchmarks.ways import BASE, Files
 
-NAMES = (*ways.POLICIES, *ways.KERNEL)
+NAMES = (*ways.POLICIES, *KERNEL)
 PARTS = {"stores": "Stores alone", "sync": "The sync", "both": "Stores and sync"}
 
 
@@ -95,7 +95,7 @@ def of_clone(files: Files, pages: Indexes) -> dict[str, int]:
     files.clone(BASE, "clone")
     files.sync()
     with files.map("clone", writable=True) as mapped:
-        ways.touch(mapped.words)
+        touch(mapped.words)
         start = perf_counter_ns()
         store(pages, mapped.words)
         stored = perf_counter_ns()

@@ -145,7 +145,7 @@ def exponent(cases: Sequence[float | str], values: Sequence[float | None]) -> fl
 def aim(panel: Panel, case: float | str, way: str, peer: str | None, reach: Reach, missing: Mapping[str, str]) -> Row:
     """Judge a way's figure in one case of a panel: itself, or next to a peer's."""
     ours, theirs = panel.value(way, case), panel.value(peer, case) if peer else None
-    where = f"{case:g} {panel.axis}" if isinstance(case, int | float) else case
+    where = f"{case:,g} {panel.axis}" if isinstance(case, int | float) else case
     skipped = "; ".join(f"{one}: {missing[one]}" for one in (way, peer) if one and missing.get(one))
     return harness.row(f"{way}: {panel.title}, {where}", peer or "", ours, theirs, panel.unit, reach=reach, skipped=skipped)
 
@@ -185,7 +185,7 @@ def grid(panel: Panel) -> tuple[list[str], list[list[str]]]:
     """Return a panel as a table: the headers, then a row for each case."""
     headers = [panel.axis or "case", *(f">{line.way}" for line in panel.lines)]
     rows = [
-        [f"{case:g}" if isinstance(case, int | float) else case, *(figure(line.values[at]) for line in panel.lines)]
+        [f"{case:,g}" if isinstance(case, int | float) else case, *(figure(line.values[at]) for line in panel.lines)]
         for at, case in enumerate(panel.cases)
     ]
     if any(line.note for line in panel.lines):

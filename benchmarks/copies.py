@@ -18,13 +18,14 @@ from dataclasses import replace
 import onecopy
 from onecopy.benchmarks import comparison, harness, ways
 from onecopy.benchmarks.comparison import Comparison, Line, Panel
+from onecopy.benchmarks.files import BASE, COPIES, KERNEL, MEMMAP
 from onecopy.benchmarks.harness import MiB, Reach, Row
 from onecopy.benchmarks.memory import checksum
-from onecopy.benchmarks.ways import BASE, Way
+from onecopy.benchmarks.ways import Way
 from onecopy.benchmarks.workers import Pipe, ask, workers
 from onecopy.cli import measure as memory
 
-NAMES = (*ways.POLICIES, *ways.KERNEL, ways.COPIES, ways.MEMMAP)
+NAMES = (*ways.POLICIES, *KERNEL, COPIES, MEMMAP)
 REACH = Reach("ours", "at most", 1.02)
 PROCESS = 64 * MiB  # what a process takes beside its mappings
 
@@ -71,14 +72,14 @@ def _answer(panel: Panel) -> str:
 def _of_way(name: str, size: int, counts: list[int]) -> tuple[Line, Line]:
     """Return the two lines of a way: memory mapped, memory held."""
     most = counts[-1]
-    room = size * (1 if name in (ways.DAX, ways.MEMMAP) else most + 1)
+    room = size * (1 if name in (ways.DAX, MEMMAP) else most + 1)
     none: list[float | None] = [None] * len(counts)
     try:
         harness.require_memory(most * PROCESS + room)
     except harness.SkippedError as reason:
         gone = Line(name, none, skipped=str(reason))
         return gone, gone
-    with ways.side_by_side([name], room if name == ways.COPIES or name not in ways.KERNEL else 2 * size, size, room) as found:
+    with ways.side_by_side([name], room if name == COPIES or name not in KERNEL else 2 * size, size, room) as found:
         way = found[name]
         if way.missing:
             gone = Line(name, none, skipped=way.missing)
@@ -97,7 +98,7 @@ def _measured(way: Way, size: int, counts: list[int]) -> tuple[Line, Line]:
         for name in names:
             files.clone(BASE, name)
         files.sync()
-        for name in names if way.name in ways.KERNEL else ():
+        for name in names if way.name in KERNEL else ():
             files.forget(name)
         with workers(hold, [(way, name, total) for name in names]) as pipes:
             before = 0

@@ -11,11 +11,12 @@ from time import perf_counter_ns
 
 from onecopy.benchmarks import comparison, ways
 from onecopy.benchmarks.comparison import Comparison, Line, Panel, times
+from onecopy.benchmarks.files import KERNEL, Files, read_all, touch
 from onecopy.benchmarks.harness import MiB
-from onecopy.benchmarks.ways import Files, Way
+from onecopy.benchmarks.ways import Way
 from onecopy.cli import measure as memory
 
-NAMES = (*ways.POLICIES, *ways.KERNEL)
+NAMES = (*ways.POLICIES, *KERNEL)
 PARTS = {
     "memory": ("Memory below the mappings", "MiB", 1 / MiB),
     "clone": ("Making one more clone", "us", 1e-3),
@@ -63,17 +64,17 @@ def _power(steps: Sequence[float], values: Sequence[float | None]) -> str:
 
 
 def _answer(panels: Sequence[Panel]) -> str:
-    """Say what became of each part from the first step to the last."""
+    """Say by how much each part is more at the last step than at the first."""
     said = []
-    for panel, short in zip(panels, ("memory", "making a clone", "mapping it", "its first read"), strict=True):
+    for name in NAMES:
         parts = []
-        for line in panel.lines:
-            first, last = line.values[0], line.values[-1]
+        for panel, short in zip(panels, ("memory", "cloning", "mapping", "first read"), strict=True):
+            first, last = panel.value(name, panel.cases[0]), panel.value(name, panel.cases[-1])
             if first and last:
-                parts.append(f"{line.way} {comparison.figure(first)} to {comparison.figure(last)}")
-        said.append(f"{short}, {panel.unit}: {', '.join(parts)}")
+                parts.append(f"{short} {comparison.figure(last / first)}")
+        said += [f"{name}: {', '.join(parts)}"] if parts else []
     steps = panels[0].cases
-    return f"From {steps[0]:g} to {steps[-1]:g} {panels[0].axis}: {'; '.join(said)}."
+    return f"From {steps[0]:,g} to {steps[-1]:,g} {panels[0].axis}, how many times as much? {'; '.join(said)}."
 
 
 def cycle(files: Files, origin: str, name: str) -> dict[str, float]:
@@ -83,7 +84,7 @@ def cycle(files: Files, origin: str, name: str) -> dict[str, float]:
     cloned = perf_counter_ns()
     with files.map(name) as mapped:
         at = perf_counter_ns()
-        ways.read_all(mapped.words)
+        read_all(mapped.words)
         read = perf_counter_ns()
     files.unlink(name)
     files.sync()
@@ -104,7 +105,7 @@ def memory_of(files: Files, names: Sequence[str]) -> float:
     with ExitStack() as held:
         mapped = [held.enter_context(files.map(name)) for name in names]
         for one in mapped:
-            ways.touch(one.words)
+            touch(one.words)
         return taken([memory.measure([one.range for one in mapped])])
 
 

@@ -177,9 +177,9 @@ def require_memory(needed: int) -> None:
 
 
 @contextmanager
-def folder() -> Iterator[Path]:
-    """Make a directory in /dev/shm for as long as the context lasts."""
-    path = Path(SHM, f"onecopy_bench_{os.getpid()}_{secrets.token_hex(4)}")
+def folder(inside: str | Path = SHM) -> Iterator[Path]:
+    """Make a directory, in /dev/shm unless said otherwise, for as long as the context lasts."""
+    path = Path(inside, f"onecopy_bench_{os.getpid()}_{secrets.token_hex(4)}")
     path.mkdir(mode=0o700)
     try:
         yield path
@@ -189,10 +189,10 @@ def folder() -> Iterator[Path]:
 
 
 @contextmanager
-def new_pool(size: int, **options: Any) -> Iterator[str]:
-    """Format a pool of `size` bytes in /dev/shm; it is removed afterwards, so nobody may have it open then."""
-    with folder() as inside:
-        path = str(inside / "bench.pool")
+def new_pool(size: int, inside: str | Path = SHM, **options: Any) -> Iterator[str]:
+    """Format a pool of `size` bytes; it is removed afterwards, so nobody may have it open then."""
+    with folder(inside) as its_own:
+        path = str(its_own / "bench.pool")
         onecopy.format(path, size, **options)
         try:
             yield path
@@ -231,7 +231,7 @@ def kernel_filesystem(kind: Literal["xfs", "btrfs"], size: int) -> Iterator[Kern
         finally:
             with uninterrupted():
                 if os.path.ismount(root):
-                    _unmount(root)
+                    unmount(root)
 
 
 def _mount(kind: str, size: int, image: Path, root: Path) -> str:
@@ -251,7 +251,7 @@ def _mount(kind: str, size: int, image: Path, root: Path) -> str:
     return command(mkfs, "-q", *options, str(image)) or command(mount, "-o", "loop", str(image), str(root))
 
 
-def _unmount(root: Path) -> None:
+def unmount(root: Path) -> None:
     """Unmount, waiting a moment for whoever looks into it; at last let the kernel do it when they have left."""
     for _ in range(20):
         if not command("umount", str(root)):

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from onecopy.benchmarks import ways
 from onecopy.benchmarks.comparison import Comparison, Line, Panel, figure
+from onecopy.benchmarks.files import BTRFS, COPIES, MEMMAP, XFS
 from onecopy.cli.draw import FAINT, INK, LIMIT, OTHERS, OURS, new_figure
 
 if TYPE_CHECKING:
@@ -36,10 +37,10 @@ STYLES = {
     ways.DAX: Style("onecopy, dax", "#0b3c49", "o"),
     ways.SHARED: Style("onecopy, shared cache", OURS, "s", (0, (6, 2))),
     ways.PER_INODE: Style("onecopy, cache per inode", "#e09f3e", "D"),
-    ways.XFS: Style("XFS reflink", LIMIT, "^", (0, (5, 3))),
-    ways.BTRFS: Style("Btrfs reflink", "#8d5a97", "v", (0, (3, 3))),
-    ways.COPIES: Style("copies on tmpfs", FAINT, "P", (0, (1, 3))),
-    ways.MEMMAP: Style("numpy.memmap, one file", "#6a994e", "X", (0, (2, 4))),
+    XFS: Style("XFS reflink", LIMIT, "^", (0, (5, 3))),
+    BTRFS: Style("Btrfs reflink", "#8d5a97", "v", (0, (3, 3))),
+    COPIES: Style("copies on tmpfs", FAINT, "P", (0, (1, 3))),
+    MEMMAP: Style("numpy.memmap, one file", "#6a994e", "X", (0, (2, 4))),
 }
 WIDEST = 4.2  # of lines, in points; each further one is 0.5 thinner
 KEY = "Description"  # of a PNG: the fingerprint of what was drawn

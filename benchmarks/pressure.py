@@ -23,12 +23,13 @@ import onecopy
 from onecopy import PAGE
 from onecopy.benchmarks import comparison, limits, ways
 from onecopy.benchmarks.comparison import Comparison, Line, Panel
+from onecopy.benchmarks.files import BASE, KERNEL, buffer_of
 from onecopy.benchmarks.harness import MiB, Row, SkippedError
 from onecopy.benchmarks.stores import Indexes
-from onecopy.benchmarks.ways import BASE, Way
+from onecopy.benchmarks.ways import Way
 from onecopy.benchmarks.workers import Pipe, ask, workers
 
-NAMES = (*ways.POLICIES, *ways.KERNEL)
+NAMES = (*ways.POLICIES, *KERNEL)
 CASES = ("scan", "zipf", "mixed")
 DOORS = {"mapping": "Reads through a mapping", "read": "Reads through read()"}
 BATCH = 64  # pages
@@ -70,7 +71,7 @@ def _of_way(name: str, cache: int, size: int, rounds: int) -> dict[str, Line]:
     """Return a way's line for each door, measured in a process of its own."""
     try:
         with ExitStack() as made:
-            group = made.enter_context(limits.group()) if name in ways.KERNEL else None
+            group = made.enter_context(limits.group()) if name in KERNEL else None
             way = made.enter_context(ways.side_by_side([name], size, size, cache))[name]
             if way.missing:
                 raise SkippedError(way.missing)
@@ -102,7 +103,7 @@ def reading(pipe: Pipe, way: Way, door: str, group: limits.Group | None, cache: 
             mapped = held.enter_context(files.map(BASE))
             pages = len(mapped.words) * 8 // PAGE
             orders = {case: [order(case, pages, turn) for turn in range(rounds + 1)] for case in CASES}
-            room = ways.buffer_of(BATCH * PAGE)
+            room = buffer_of(BATCH * PAGE)
             if door == "mapping":
 
                 def work(some: Indexes) -> None:

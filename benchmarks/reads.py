@@ -6,7 +6,8 @@ kernel: preadv), 1 MiB at a time in sequence, always into the same megabyte of m
 read, cloning is not. The random blocks cover a part of the file, all of it in memory by then.
 
 What can be had at most is a tmpfs file, mapped by numpy.memmap: it has no clones, and is mapped anew each time. Pools
-and peers lie on the same tmpfs, with pages of the same size.
+and peers lie on the same tmpfs, with pages of the same size. On a tmpfs with pages of 2 MiB (huge=always), dax and that
+file alone are read through mappings in the same way.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ import numpy as np
 import onecopy
 from onecopy.benchmarks import comparison, ways
 from onecopy.benchmarks.comparison import Comparison, Panel, speed_of
+from onecopy.benchmarks.files import BASE, KERNEL, MEMMAP, Files, Reader, Words, buffer_of, read_all
 from onecopy.benchmarks.harness import KiB, MiB, Reach, Row
 from onecopy.benchmarks.stores import Indexes
-from onecopy.benchmarks.ways import BASE, Files, Reader, Words
 
-NAMES = (*ways.POLICIES, *ways.KERNEL, ways.MEMMAP)
+NAMES = (*ways.POLICIES, *KERNEL, MEMMAP)
 FIRST, AGAIN = "first, in sequence", "again, in sequence"
 RANDOM = {f"random {size // KiB} KiB": size for size in (64 * KiB, 4 * KiB)}
 CASES = (FIRST, AGAIN, *RANDOM)
@@ -46,11 +47,12 @@ def compare(quick: bool) -> Comparison:
     with ways.side_by_side(NAMES, 2 * size, size, 3 * size) as found, ways.opened(found) as opened:
         for files in opened.values():  # the origin has been read
             with files.map(BASE) as mapped:
-                ways.read_all(mapped.words)
+                read_all(mapped.words)
         samples = {
             door: comparison.in_turn(rounds, {name: partial(work, files, orders) for name, files in opened.items()})
             for door, work in (("mapping", by_mapping), ("read", by_read))
         }
+    huge = huge_pages(size, rounds, orders)
     gone = ways.missing(found)
     panels = [
         Panel(
@@ -62,6 +64,8 @@ def compare(quick: bool) -> Comparison:
         )
         for door, title in (("mapping", "Reads through a mapping"), ("read", "Reads through read()"))
     ]
+    lines = [_line(name, some, moved, why) for name, (some, why) in huge.items()]
+    panels.append(Panel("Through a mapping, pages of 2 MiB", "GB/s", CASES, lines, better="more"))
     return Comparison(
         "reads",
         "How fast are first and later reads of a clone?",
@@ -70,13 +74,27 @@ def compare(quick: bool) -> Comparison:
         + ", ".join(f"{case}: {onecopy.format_size(moved[case])}" for case in RANDOM),
         panels,
         [
-            comparison.aim(panels[0], FIRST, ways.DAX, ways.MEMMAP, OF_MEMMAP, gone),
+            comparison.aim(panels[0], FIRST, ways.DAX, MEMMAP, OF_MEMMAP, gone),
+            comparison.aim(panels[2], FIRST, ways.DAX, MEMMAP, OF_MEMMAP, {name: why for name, (_, why) in huge.items()}),
             *(comparison.aim(panels[0], case, ways.SHARED, ways.DAX, OF_DAX, gone) for case in CASES),
             *(comparison.aim(panels[1], case, ways.SHARED, ways.DAX, OF_DAX, gone) for case in CASES[1:]),
         ],
         quick,
         machine,
     )
+
+
+def huge_pages(size: int, rounds: int, orders: dict[str, Indexes]) -> dict[str, tuple[comparison.Samples, str]]:
+    """Return the samples of dax and the tmpfs file with pages of 2 MiB, or why there are none."""
+    names = (ways.DAX, MEMMAP)
+    room = 2 * size
+    with ways.huge_tmpfs(3 * size + 2 * ways.TREES) as huge:
+        if huge.root is None:
+            return {name: ({}, huge.missing) for name in names}
+        with ways.side_by_side(names, room, size, inside=huge.root) as found, ways.opened(found) as opened:
+            works = {name: partial(by_mapping, files, orders) for name, files in opened.items()}
+            samples = comparison.in_turn(rounds, works)
+        return {name: (samples.get(name, {}), found[name].missing) for name in names}
 
 
 def _line(name: str, samples: comparison.Samples, moved: dict[str, int], skipped: str) -> comparison.Line:
@@ -98,12 +116,12 @@ def by_mapping(files: Files, orders: dict[str, Indexes]) -> dict[str, float]:
     """Clone, map and read; return how long each part took, in nanoseconds."""
     files.clone(BASE, "clone")
     took: dict[str, float] = {}
-    buffer = ways.buffer_of(MiB).view(np.uint64)
+    buffer = buffer_of(MiB).view(np.uint64)
     start = perf_counter_ns()
     with files.map("clone") as mapped:
-        ways.read_all(mapped.words)
+        read_all(mapped.words)
         took[FIRST] = perf_counter_ns() - start
-        took[AGAIN] = _timed(ways.read_all, mapped.words)
+        took[AGAIN] = _timed(read_all, mapped.words)
         for case, order in orders.items():
             took[case] = _timed(gather, mapped.words, RANDOM[case], order, buffer)
     files.unlink("clone")
@@ -115,7 +133,7 @@ def by_read(files: Files, orders: dict[str, Indexes]) -> dict[str, float]:
     """Clone and read without mapping; return how long each part took, in nanoseconds."""
     files.clone(BASE, "clone")
     took: dict[str, float] = {}
-    buffer = ways.buffer_of(MiB).data.cast("B")
+    buffer = buffer_of(MiB).data.cast("B")
     start = perf_counter_ns()
     with files.reader("clone") as file:
         size = in_sequence(file.read, buffer)

@@ -16,6 +16,7 @@ import pytest
 import onecopy
 from onecopy.benchmarks import COMPARISONS, comparison, document, growth, harness, limits, pictures, pressure, ways
 from onecopy.benchmarks.comparison import Comparison, Line, Panel
+from onecopy.benchmarks.files import BASE, BTRFS, COPIES, MEMMAP, XFS
 from onecopy.benchmarks.harness import MiB, Reach
 
 ROOT = Path(__file__).parents[2]
@@ -79,7 +80,7 @@ def one_copy_for_many_processes(found):
     """The main figure, which depends on no clock: dax stays at one copy; what the kernel shares nothing of does not."""
     [row] = [row for row in found.rows if row.question.startswith("dax")]
     assert row.met and row.ours == pytest.approx(1)
-    assert found.panels[0].value(ways.COPIES, 2) == pytest.approx(2)
+    assert found.panels[0].value(COPIES, 2) == pytest.approx(2)
     for policy, times in ((ways.SHARED, 1), (ways.PER_INODE, 2)):
         assert ways.policies()[policy] or found.panels[0].value(policy, 2) == pytest.approx(times, rel=0.02)
 
@@ -125,7 +126,7 @@ def test_a_build_with_a_cache_is_asked_for_it(monkeypatch):
         found = ways.policies()
         assert not found["shared"] and "no such policy" in found["per-inode"]
         with ways.side_by_side(["shared"], 4 * MiB, MiB, cache_size=2 * MiB) as places, places["shared"].open() as files:
-            files.clone(ways.BASE, "clone")
+            files.clone(BASE, "clone")
             with files.map("clone") as mapped:
                 assert mapped.words.nbytes == MiB
         assert asked[-3:] == [("cached", 2 * MiB), "shared", "shared"]
@@ -133,14 +134,14 @@ def test_a_build_with_a_cache_is_asked_for_it(monkeypatch):
         ways.policies.cache_clear()
 
 
-@pytest.mark.parametrize("name", [ways.DAX, ways.XFS, ways.BTRFS, ways.COPIES, ways.MEMMAP])
+@pytest.mark.parametrize("name", [ways.DAX, XFS, BTRFS, COPIES, MEMMAP])
 def test_all_ways_do_the_same(name):
     with ways.side_by_side([name], 8 * MiB, MiB) as found:
         if found[name].missing:
             pytest.skip(found[name].missing)
         with found[name].open() as files:
-            files.clone(ways.BASE, "clone")
-            with files.map(ways.BASE) as base, files.map("clone", writable=True) as clone, files.reader("clone") as file:
+            files.clone(BASE, "clone")
+            with files.map(BASE) as base, files.map("clone", writable=True) as clone, files.reader("clone") as file:
                 assert (base.words == clone.words).all()
                 buffer = bytearray(4096)
                 assert file.read(memoryview(buffer), 8192) == 4096
@@ -148,7 +149,7 @@ def test_all_ways_do_the_same(name):
                 before = int(base.words[0])
                 clone.words[0] = before ^ 1
                 clone.sync()
-                if name != ways.MEMMAP:
+                if name != MEMMAP:
                     assert int(base.words[0]) == before
                 assert file.read(memoryview(buffer), 0) == 4096
                 assert np.frombuffer(buffer, np.uint64)[0] == before ^ 1
@@ -231,7 +232,7 @@ def test_without_root_a_limit_is_missing(monkeypatch, names, reason):
         monkeypatch.setattr(limits.os, name, stand_in)
     with pytest.raises(harness.SkippedError, match=reason), limits.group():
         pass
-    found = pressure._of_way(ways.XFS, MiB, 2 * MiB, 1)
+    found = pressure._of_way(XFS, MiB, 2 * MiB, 1)
     assert all(reason in line.skipped for line in found.values())
 
 
