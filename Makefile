@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 help:            ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/: .*##/\t/' | expand -t 14
 
-$(STAMP): pyproject.toml setup.py $(wildcard daxemu/*.c) daxemu/_fault.h
+$(STAMP): pyproject.toml setup.py $(wildcard daxemu/*.[ch])
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[plot,dev]"
 	@touch $@

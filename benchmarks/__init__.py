@@ -24,5 +24,6 @@ PAIRS = (
     "directory",
     "open_pool",
     "dedupe",
+    "replacement",
 )
 NAMES = (*COMPARISONS, *PAIRS)

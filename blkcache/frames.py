@@ -130,6 +130,12 @@ class Frames:
                 at = self._back_chunk()
             words[_NODE_HINT] = pfn = at - base
             claimed = self.engine.claim(pfn, 1, _TAKING)
+        if self.pool.cached:
+            try:
+                self.pool.ready(pfn, 1)
+            except BaseException:
+                self.table[pfn] = BACKED
+                raise
         # The generation first: who finds the frame in use after a death must see whose it is.
         self.pool.words[pfn * WORDS + _NODE_GENERATION] = self._generation
         self.table[pfn] = USED | FRESH | NODE | DIRTY

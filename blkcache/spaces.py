@@ -266,6 +266,7 @@ class Spaces:
         if pages:
             window = self.runtime.layout.windows + index * WINDOW
             fallocate(self.runtime.fd, 3, window, WINDOW)  # punch, keep the size
+            self.frames.pool.end_copies(index)
             stored = int(np.count_nonzero(named & np.uint64(STORED)))
             self.engine.count("dirty", -stored)
             self.engine.count("strays", stored)

@@ -22,12 +22,23 @@ def format_pool(
     *,
     size: Annotated[str, typer.Option(metavar="SIZE", help="Bytes, or a number with K, M, G or T.")] = "8G",
     force: Annotated[bool, typer.Option("--force", help="Replace what is there, with all it holds.")] = False,
+    device: Annotated[
+        str,
+        typer.Option(metavar="KIND", help="'direct': the pool's pages are memory; 'cached': it can only be read and written."),
+    ] = "direct",
+    cache_size: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="How much of a cached pool may be in memory; 64M when left out.")
+    ] = None,
+    policy: Annotated[
+        str | None,
+        typer.Option(metavar="POLICY", help="Of the cache: 'shared', each block once; 'per-inode', each file's pages, as kernels do."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Make an empty pool. The file is sparse: a page takes up room once something is written to it."""
     import onecopy
 
-    _show_info("format", onecopy.format(pool, size, force=force), as_json=as_json)
+    _show_info("format", onecopy.format(pool, size, force=force, device=device, cache_size=cache_size, policy=policy), as_json=as_json)
 
 
 @verbs.command(epilog="Example: onecopy info /dev/shm/p.pool")

@@ -1,6 +1,6 @@
 /* See _fault.h for the contract. Blocks, freezing, publishing, and what is done about the dead. */
 #define _GNU_SOURCE
-#include "_fault.h"
+#include "_cache.h"
 
 #include <errno.h>
 #include <string.h>
@@ -206,7 +206,10 @@ static void apply_block(struct engine *e, uint32_t space, uint64_t *entries, uin
             break;
         if (run->space & ZERO) {
             uint64_t first = run->pages >> 16, behind = run->pages & 0xffff;
-            memset(e->pool + run->word * PAGE + first, 0, behind - first);
+            if (e->cache)
+                cache_clear(e->cache, run->word, first, behind);
+            else
+                memset(e->pool + run->word * PAGE + first, 0, behind - first);
             continue;
         }
         uint64_t page = run->page > start ? run->page : start, behind = run->page + run->pages;
@@ -230,6 +233,8 @@ static void apply_block(struct engine *e, uint32_t space, uint64_t *entries, uin
                 __atomic_fetch_add(&c->strays, 1, __ATOMIC_RELAXED);
             }
             __atomic_store_n(&entries[page], want, __ATOMIC_SEQ_CST);
+            if (e->cache)
+                cache_moved(e->cache, space, page, 1);
             if (*low >= *high)
                 *low = page, *high = page + 1;
             else {

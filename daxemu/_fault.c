@@ -1,6 +1,6 @@
 /* See _fault.h for the contract. The write fault: a store to a shared page gives the file pages of its own. */
 #define _GNU_SOURCE
-#include "_fault.h"
+#include "_cache.h"
 
 #include <errno.h>
 #include <string.h>
@@ -11,11 +11,17 @@
 #define LEVELS 8
 #define REPEATS 3
 
-static struct sigaction found[LEVELS]; /* the handlers that were there before ours, each time that it was put in front */
-static int levels;
-static __thread int passed; /* levels below the handler that this thread's last fault was passed to */
-static __thread void *last_address, *last_place; /* of that fault, and how often it has come in a row */
-static __thread int repeated;
+/* Of SIGSEGV, and of SIGBUS, which a cache needs. */
+static struct chain {
+    struct sigaction found[LEVELS]; /* the handlers that were there before ours, each time that it was put in front */
+    int levels;
+} chains[2];
+static __thread struct {
+    int passed; /* levels below the handler that this thread's last fault was passed to */
+    void *last_address, *last_place; /* of that fault, and how often it has come in a row */
+    int repeated;
+} threads[2];
+static __thread int raised; /* a SIGBUS that we sent is on its way */
 
 /* -------------------------------------------------------------- frames */
 
@@ -123,6 +129,9 @@ taken:
 static int copy_pages(struct engine *e, const uint64_t *entries, uint64_t low, uint64_t high, uint64_t pfn, int backed)
 {
     static const char zeros[16 * PAGE];
+    for (int failed; e->cache && low < high; low++, pfn++)
+        if ((failed = cache_copy(e->cache, entries[low] & PFN_MASK, pfn)))
+            return failed;
     while (low < high) {
         uint64_t from = entries[low] & PFN_MASK, count = 1;
         while (low + count < high && (entries[low + count] & PFN_MASK) == (from ? from + count : 0))
@@ -150,7 +159,7 @@ uint32_t record_take(struct engine *e)
 {
     for (;;) {
         uint32_t seen = __atomic_load_n(&e->freed, __ATOMIC_SEQ_CST);
-        for (uint32_t i = 0; i < RECORDS; i++) {
+        for (uint32_t i = 0; i < RECORDS - (e->cache != NULL); i++) { /* a cache's evictions have the last one for themselves */
             uint32_t is_free_now = 0;
             if (__atomic_compare_exchange_n(&e->busy[i], &is_free_now, 1, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST))
                 return e->slot * RECORDS + i;
@@ -228,6 +237,8 @@ static int break_sharing(struct engine *e, uint32_t record, uint32_t space, uint
         if (p == (*low + *high) / 2)
             STEP(AT_HALF);
     }
+    if (e->cache)
+        cache_moved(e->cache, space, *low, *high - *low);
     __atomic_store_n(&m->count, 0, __ATOMIC_SEQ_CST);
     __atomic_fetch_add(&s->dirty, 1, __ATOMIC_SEQ_CST); /* after the entries: who clears it looks at them then */
     STEP(AT_ENTERED);
@@ -257,12 +268,16 @@ static int fault_page(struct engine *e, uint32_t space, uint64_t page, uint64_t 
             failed = EFAULT;
         else if (entries[page] & PRIVATE) {
             uint64_t end = page / BLOCK * BLOCK + BLOCK;
+            if (e->cache && end > page + FEW)
+                end = page + FEW; /* each of them is about to be resident, and dirty */
             while (*high < end && *high < e->spaces[space].pages && entries[*high] == entries[page] + (*high - page))
                 ++*high;
         } else {
             failed = break_sharing(e, record, space, entries, page, granule, holes, &low, high);
             __atomic_fetch_add(&e->counters->faults, 1, __ATOMIC_RELAXED);
         }
+        for (uint64_t p = low; e->cache && p < *high && !failed; p++)
+            failed = cache_own(e->cache, space, p, entries[p] & PFN_MASK, 1);
         if (!failed)
             failed = refresh(e, space, low, *high, 1);
         STEP(AT_MAPPED);
@@ -320,6 +335,7 @@ static void raise_bus_error(void *address, ucontext_t *context)
     info.si_signo = SIGBUS;
     info.si_code = BUS_ADRERR;
     info.si_addr = address;
+    raised = 1;
     syscall(SYS_rt_tgsigqueueinfo, getpid(), syscall(SYS_gettid), SIGBUS, &info);
 }
 
@@ -339,18 +355,20 @@ static void *place_of(const void *context)
  */
 static void pass_on(int signal, siginfo_t *info, void *context)
 {
-    int level = passed ? passed : levels;
+    struct chain *chain = &chains[signal == SIGBUS];
+    int *passed = &threads[signal == SIGBUS].passed, level = *passed ? *passed : chain->levels;
     if (info->si_code > 0) {
         void *place = place_of(context);
-        repeated = info->si_addr == last_address && place == last_place ? repeated + 1 : 0;
-        last_address = info->si_addr;
-        last_place = place;
-        level = levels - repeated / REPEATS;
+        int n = signal == SIGBUS;
+        threads[n].repeated = info->si_addr == threads[n].last_address && place == threads[n].last_place ? threads[n].repeated + 1 : 0;
+        threads[n].last_address = info->si_addr;
+        threads[n].last_place = place;
+        level = chain->levels - threads[n].repeated / REPEATS;
     }
     struct sigaction to = {.sa_handler = SIG_DFL};
     if (level > 0)
-        to = found[level - 1];
-    passed = level > 0 ? level - 1 : 0;
+        to = chain->found[level - 1];
+    *passed = level > 0 ? level - 1 : 0;
     if (!(to.sa_flags & SA_SIGINFO) && (to.sa_handler == SIG_DFL || to.sa_handler == SIG_IGN)) {
         struct sigaction standard;
         if (to.sa_handler == SIG_IGN && info->si_code <= 0)
@@ -369,8 +387,8 @@ static void pass_on(int signal, siginfo_t *info, void *context)
     if (!(to.sa_flags & SA_NODEFER))
         sigaddset(&mask, signal);
     if (level > 0 && to.sa_flags & (int)SA_RESETHAND) {
-        found[level - 1].sa_handler = SIG_DFL;
-        found[level - 1].sa_flags = 0;
+        chain->found[level - 1].sa_handler = SIG_DFL;
+        chain->found[level - 1].sa_flags = 0;
     }
     pthread_sigmask(SIG_SETMASK, &mask, &ours);
     if (to.sa_flags & SA_SIGINFO)
@@ -428,36 +446,45 @@ static int fault(char *address, int store)
 
 static void on_fault(int signal, siginfo_t *info, void *context)
 {
-    int before = errno;
-    int failed = info->si_code > 0 ? fault(info->si_addr, is_store(context)) : -1;
-    if (failed < 0)
-        pass_on(signal, info, context);
-    else if (failed) {
+    int before = errno, failed = -1;
+    if (signal == SIGBUS && raised)
+        raised = 0;
+    else if (info->si_code > 0)
+        failed = signal == SIGBUS ? absent(info->si_addr) : fault(info->si_addr, is_store(context));
+    if (failed > 0 && signal == SIGSEGV) {
         say(failed == EFAULT   ? "onecopy: a store beyond the end of a mapped file\n"
             : failed == ENOSPC ? "onecopy: a store to a shared page, and the pool has no room for a copy of it; map with reserve=True "
                                  "to have that said at map time\n"
+            : failed == EIO    ? "onecopy: a store to a page whose block the device could not read\n"
                                : "onecopy: a mapped page could not be provided (vm.max_map_count, or the pool's host)\n");
         raise_bus_error(info->si_addr, context);
-    }
+    } else if (failed)
+        pass_on(signal, info, context);
     errno = before;
 }
 
 /* Put our handler in front, if it isn't; what is there now gets the faults that aren't ours. */
-int handler_install(void)
+int handler_install(int signal)
 {
     struct sigaction have, ours;
-    if (sigaction(SIGSEGV, NULL, &have))
+    struct chain *chain = &chains[signal == SIGBUS];
+    if (sigaction(signal, NULL, &have))
         return errno;
     if (have.sa_flags & SA_SIGINFO && have.sa_sigaction == on_fault)
         return 0;
-    if (levels == LEVELS) {
-        memmove(found, found + 1, sizeof found - sizeof *found);
-        levels--;
+    if (chain->levels == LEVELS) {
+        memmove(chain->found, chain->found + 1, sizeof chain->found - sizeof *chain->found);
+        chain->levels--;
     }
-    found[levels++] = have;
+    chain->found[chain->levels++] = have;
     memset(&ours, 0, sizeof ours);
     ours.sa_sigaction = on_fault;
     ours.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_RESTART;
     sigfillset(&ours.sa_mask);
-    return sigaction(SIGSEGV, &ours, NULL) ? errno : 0;
+    return sigaction(signal, &ours, NULL) ? errno : 0;
+}
+
+int handler_needed(int signal)
+{
+    return chains[signal == SIGBUS].levels > 0;
 }

@@ -1,10 +1,12 @@
 /*
  * The native half of onecopy: the write fault, the shootdown, the entry words. What Python can't say, and no more.
  *
- *   _shoot.c    a process's mapped regions, its service thread, and messages to other processes' service threads
+ *   _guard.c    waiting, the lock over a process's translations, and what a fork waits for
+ *   _map.c      a process's regions: mapped as the entries say, within its budget of VMAs
+ *   _shoot.c    messages to other processes, and the service thread that answers them
  *   _fault.c    the SIGSEGV handler: a store to a shared page gives the file pages of its own
  *   _commit.c   blocks of entries locked, a transaction published, its changes of entries applied, redone after a death
- *   _module.c   the Python types over these: Words, Region, Engine
+ *   _module.c   the Python module over these (_module.h), its types in _words.c, _region.c, _engine.c and _entries.c
  *
  * An address space is an array of entries in the run-time file: file page -> PFN and state. Rules that all code here keeps:
  *
@@ -101,6 +103,7 @@ struct region {
     int writable;
     uint32_t granule, fixed; /* pages copied by the next fault; fixed: never more */
     uint64_t streak;         /* where the last fault's granule ended */
+    uint64_t read_end, ahead; /* where the last blocks read ended, and how many they were */
     int evicted;             /* pages may be unmapped: a touch maps them */
 };
 
@@ -114,6 +117,7 @@ struct engine {
     struct counters *counters;
     struct run *log;
     uint64_t *incarnations, incarnation; /* of all slots, 8 words apart; and of ours */
+    uint64_t gone[SLOTS]; /* 1 + the incarnation in which a slot's holder was seen dead: it need not be waited for again */
     uint64_t *live, *free, *floor, *log_count, *log_generation, *log_owner, *spaces_used;
     uint64_t windows, frames, reserve;
     int runtime_fd, pool_fd, end_fd;
@@ -127,13 +131,14 @@ struct engine {
     pthread_t service;
     char **window;
     struct region **chain;
+    struct cache *cache; /* NULL: the pool's pages are the frames, always there */
 };
 
 extern void (*fault_step)(int); /* tests stop or kill the process at a numbered step */
 #define STEP(n) do { if (fault_step) fault_step(n); } while (0)
 enum { AT_LOCKED, AT_CLAIMED, AT_COPIED, AT_HALF, AT_ENTERED, AT_SHOT, AT_MAPPED, AT_ALL_LOCKED, AT_LIVE, AT_APPLIED, AT_FORGOTTEN };
 
-/* _shoot.c */
+/* _guard.c */
 void guard_enter(sigset_t *before);
 void guard_leave(const sigset_t *before);
 void guard_lock(void);
@@ -143,34 +148,43 @@ void restore_signals(const sigset_t *before);
 int futex_wait(uint32_t *word, uint32_t value, long milliseconds);
 void futex_wake(uint32_t *word);
 int slot_alive(struct engine *e, uint32_t slot);
+void engines_add(struct engine *e);
+void engines_remove(struct engine *e);
+void fault_enter(void); /* waits while a fork is under way */
+void fault_leave(void);
+
+/* _map.c */
 uint64_t *entries_of(struct engine *e, uint32_t space); /* NULL: no address space left for the window */
 uint64_t *locks_of(struct engine *e, uint32_t space);
 /* 0 or errno; takes the guard. `stores`: private pages writable; then all of [low, high) is in blocks that the caller holds. */
 int refresh(struct engine *e, uint32_t space, uint64_t low, uint64_t high, int stores);
 void evict(struct region *r);                                                /* under the guard */
+void evict_all(struct engine *e);                                            /* the same */
 int map_around(struct region *r, uint64_t page);                            /* under the guard */
 int protect(struct engine *e, uint32_t space, uint64_t low, uint64_t high);
 int apply_log(struct engine *e, uint32_t space);
 int map_region(struct region *r, uint64_t low, uint64_t high);
+void region_add(struct region *r);
+void region_remove(struct region *r);
+struct region *region_at(const char *address); /* under the guard */
+int too_many_maps(void);
+
+/* _shoot.c */
 /* 0, or ETIMEDOUT with the slot in *stuck when `patience` (milliseconds; 0: for ever) ran out. */
 int shoot(struct engine *e, uint32_t record, uint32_t space, int kind, uint64_t low, uint64_t high, long patience, uint32_t *stuck);
 int service_start(struct engine *e);
 void service_stop(struct engine *e);
-void region_add(struct region *r);
-void region_remove(struct region *r);
-struct region *region_at(const char *address); /* under the guard */
-void engines_add(struct engine *e);
-void engines_remove(struct engine *e);
-void fault_enter(void); /* waits while a fork is under way */
-void fault_leave(void);
-int too_many_maps(void);
 
 /* _fault.c */
 int claim(struct engine *e, uint64_t pfn, uint64_t pages, uint8_t state);
 int make_private(struct engine *e, uint32_t space, uint64_t low, uint64_t high, int map);
-int handler_install(void);
+int handler_install(int signal);
+int handler_needed(int signal); /* whether it was installed before */
 uint32_t record_take(struct engine *e);
 void record_give(struct engine *e, uint32_t record);
+
+/* _absent.c */
+int absent(char *address); /* a touch of a frame without a page: 0 when it has one now, -1: not ours, or an errno, after a word about it */
 
 /* _commit.c */
 int block_lock(struct engine *e, uint32_t record, uint32_t space, uint64_t block); /* 0, or ENOMEM */

@@ -64,6 +64,12 @@ class NoSpace(OneCopyError):
     code = errno.ENOSPC
 
 
+class DeviceError(OneCopyError):
+    """A block device did not do what it was asked to."""
+
+    code = errno.EIO
+
+
 class CrossSubvolume(OneCopyError):
     """Links and renames stay within one subvolume."""
 

@@ -11,6 +11,7 @@ Non-blocking attempts are exempt: who doesn't wait can't wait in a circle. CONCU
 import errno
 import fcntl
 import os
+import struct
 import threading
 from collections.abc import Callable
 from types import TracebackType
@@ -24,7 +25,7 @@ from onecopy.daxemu.errors import InvariantError, posix
 # (name, the file it is on, what it protects, how it is held)
 RANKS = (
     ("mount", "the pool file", "the pool against format, repair and a second run-time file",
-     "shared by every user while open; exclusive, never waited for, to format, repair or build the run-time file"),
+     "shared by every user while open; exclusive, never waited for, to format, repair, build the run-time file or store raw"),
     ("transaction", "the lock file beside the run-time file", "the live root, frame table, limbo, slots and address spaces",
      "exclusive for one transaction, for opening and closing, and around fork"),
 )  # fmt: skip
@@ -164,6 +165,28 @@ def try_mount(fd: int, *, exclusive: bool) -> bool:
     except AlreadyLocked:
         return False
     return True
+
+
+_FLOCK_STRUCT = struct.Struct("hhqqi4x")
+
+
+def range_lock(fd: int, command: int, first: int, count: int = 1, kind: int = fcntl.F_WRLCK) -> int:
+    """Run F_OFD_SETLK or F_OFD_GETLK on bytes, which need not exist; return the lock type found. OSError (EAGAIN)."""
+    request = _FLOCK_STRUCT.pack(kind, os.SEEK_SET, first, count, 0)
+    return int(_FLOCK_STRUCT.unpack(fcntl.fcntl(fd, command, request))[0])
+
+
+_RAW = 1 << 62  # byte of the pool that raw readers hold: the mount lock alone would not tell them from users
+
+
+def mark_raw(fd: int) -> None:
+    """Say that who holds the mount lock shared on this descriptor of the pool is a raw reader."""
+    range_lock(fd, fcntl.F_OFD_SETLK, _RAW, kind=fcntl.F_RDLCK)
+
+
+def has_raw_readers(fd: int) -> bool:
+    """True while somebody else is a raw reader of the pool."""
+    return range_lock(fd, fcntl.F_OFD_GETLK, _RAW) != fcntl.F_UNLCK
 
 
 def reopen(fd: int, flags: int = os.O_RDWR) -> int:

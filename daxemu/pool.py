@@ -16,19 +16,21 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+from onecopy.daxemu._fault import Engine
 from onecopy.daxemu.errors import CorruptRecord, NoSpace, NotAPool, PoolVersionError, ReadOnly, invalid, posix
 from onecopy.daxemu.persist import Persistence, persistence_of
 from onecopy.daxemu.record import Record, checksum
 from onecopy.daxemu.units import PAGE, format_size
 
 MAGIC = int.from_bytes(b"onecopy\0", "little")
-VERSION = 1
+VERSION = 2
+POLICIES = ("dax", "shared", "per-inode")
 MIN_FRAMES = 256
 MAX_FRAMES = 1 << 40
 
 HEADER = Record(
     "pool header",
-    64,
+    80,
     "At the start of PFN 0. Written once, by format; the rest of the page is zero.",
     [
         ("magic", "u64", "", "the bytes 'onecopy' and a zero"),
@@ -38,6 +40,8 @@ HEADER = Record(
         ("uuid", "bytes[16]", "", "identity of the pool; names its run-time file"),
         ("created", "u64", "ns since 1970", "when it was formatted"),
         ("pfn", "u64", "PFN", "0"),
+        ("policy", "u64", "", "how it is opened unless told otherwise: 0 its pages are memory, 1 a cache of blocks, 2 a cache of files' pages"),
+        ("cache", "u64", "pages", "of that cache"),
         ("checksum", "u64", "", "CRC-32 of this record with this word zero"),
     ],
 )
@@ -64,13 +68,16 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
 
 
 class Pool:
-    """An open pool file, mapped whole. `words` (64-bit) and `bytes` view the same memory; index = PFN times 512 or 4,096.
+    """An open pool file, mapped whole: its pages are the frames. `words` (64-bit) and `bytes` view the same memory; index = PFN times 512 or 4,096.
 
     Readers and writers of frames above this class keep the rules about which frames they may touch; this class
     keeps only the bounds. Not shared over fork: a child opens its own.
     """
 
-    def __init__(self, path: str, *, writable: bool) -> None:
+    policy = "dax"
+    cached = False  # whether frames may be absent, see blkcache.cache
+
+    def __init__(self, path: str, *, writable: bool, mapped: bool = True) -> None:
         self.path, self.writable = os.path.abspath(path), writable
         try:
             # Non-blocking: a pipe by that name is refused below, not waited for.
@@ -87,18 +94,59 @@ class Pool:
             self.frames: int = header["frames"]
             self.uuid = uuids.UUID(bytes=header["uuid"])
             self.created: int = header["created"]
-            protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
-            self.memory = mmap.mmap(self.fd, self.frames * PAGE, mmap.MAP_SHARED, protection)
+            self.wanted = (POLICIES[header["policy"]] if header["policy"] < len(POLICIES) else "dax", int(header["cache"]))
+            if mapped:
+                protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+                self.memory = mmap.mmap(self.fd, self.frames * PAGE, mmap.MAP_SHARED, protection)
         except BaseException:
             os.close(self.fd)
             raise
-        self.bytes = memoryview(self.memory)
-        self.words = self.bytes.cast("Q")
+        if mapped:
+            self.bytes = memoryview(self.memory)
+            self.words = self.bytes.cast("Q")
         self.persistence: Persistence = persistence_of(self.fd)
 
+    def connect(self, *, empty: bool) -> None:
+        """Make the pool whole, once the run-time file is there; `empty`: it is new. The caller holds the transaction lock."""
+
+    @property
+    def frames_fd(self) -> int:
+        """The file whose pages are the frames."""
+        return self.fd
+
+    def use(self, engine: Engine) -> None:
+        """Let the engine's faults find their frames: at their PFNs."""
+
+    def ready(self, pfn: int, pages: int) -> None:
+        """Before frames that have storage are stored to through the mapping."""
+
+    def fetch(self, pfn: int, pages: int) -> None:
+        """Before frames are read through the mapping: they are there."""
+
+    def raise_lost(self) -> None:
+        """Raise what has gone wrong in reading the mapping: nothing can."""
+
+    def read_media(self, pfn: int) -> bytes:
+        """Return a page as a power cut would leave it, as far as that can be told."""
+        return bytes(self.bytes[pfn * PAGE : (pfn + 1) * PAGE])
+
+    def give_copies(self, space: int, pages: int) -> None:
+        """Before an inode's address space is mapped, up to `pages`: it shows the pool's frames."""
+
+    def end_copies(self, space: int) -> None:
+        """An address space has ended."""
+
+    def expect_child(self) -> None:
+        """Before a fork."""
+
+    def become_child(self, fd: int) -> None:
+        """In the forked child: `fd` is the pool file on a description of its own."""
+        self.fd = fd
+        self.persistence = persistence_of(fd)
+
     def _read_header(self) -> dict[str, Any]:
-        if not stat.S_ISREG(self.status.st_mode):
-            raise NotAPool("not a regular file, so not a pool", path=self.path)
+        if not (stat.S_ISREG(self.status.st_mode) or stat.S_ISBLK(self.status.st_mode)):
+            raise NotAPool("neither a regular file nor a block device, so not a pool", path=self.path)
         page = os.pread(self.fd, PAGE, 0)
         if len(page) < PAGE or int.from_bytes(page[:8], "little") != MAGIC:
             raise NotAPool(
@@ -118,9 +166,10 @@ class Pool:
         if not MIN_FRAMES <= header["frames"] <= MAX_FRAMES:
             raise CorruptRecord("pool header", 0, "frames", expected=f"{MIN_FRAMES} to {MAX_FRAMES}", actual=header["frames"])
         size = header["frames"] * PAGE
-        if self.status.st_size < size:
+        have = os.lseek(self.fd, 0, os.SEEK_END)
+        if have < size:
             raise NotAPool(
-                f"truncated pool: {self.status.st_size} bytes, its header says {size}; restore it from a copy",
+                f"truncated pool: {have} bytes, its header says {size}; restore it from a copy",
                 path=self.path,
             )
         return header
@@ -169,11 +218,14 @@ class Pool:
             return error
         return NoSpace(f"the file system that holds the pool gave no more room ({error.strerror})", path=self.path)
 
-    def close(self) -> None:
-        """Unmap and close; releases the mount lock, which lives on this descriptor."""
+    def close(self, *, unlock: bool = True) -> None:
+        """Unmap and close; releases the mount lock, which lives on this descriptor.
+
+        Without `unlock` what still maps the file keeps the lock: an array over a frame, a forked child.
+        """
         release(self.words, self.bytes, self.memory)
-        # Closing alone would leave the lock to what still maps the file: an array over a frame, a forked child.
-        fcntl.flock(self.fd, fcntl.LOCK_UN)
+        if unlock:
+            fcntl.flock(self.fd, fcntl.LOCK_UN)
         os.close(self.fd)
 
 
@@ -186,7 +238,9 @@ def release(*buffers: memoryview | mmap.mmap) -> None:
             pass
 
 
-def create(path: str, size: int, mode: int, fill: Callable[[Pool], None], *, force: bool) -> None:
+def create(
+    path: str, size: int, mode: int, fill: Callable[[Pool], None], *, force: bool, policy: str = "dax", cache: int = 0
+) -> None:
     """Make a pool of `size` bytes at `path`: header, then `fill(pool)`; it appears under its name complete or not at all.
 
     Raises FileExistsError without `force`; NoSpace; OneCopyError (EINVAL) for an impossible size.
@@ -208,7 +262,7 @@ def create(path: str, size: int, mode: int, fill: Callable[[Pool], None], *, for
         try:
             os.fchmod(fd, mode)
             os.ftruncate(fd, frames * PAGE)
-            fields = [MAGIC, VERSION, PAGE, frames, uuids.uuid4().bytes, time.time_ns(), 0, 0]
+            fields = [MAGIC, VERSION, PAGE, frames, uuids.uuid4().bytes, time.time_ns(), 0, POLICIES.index(policy), cache, 0]
             fields[-1] = checksum(HEADER.pack(*fields), HEADER.offset["checksum"])
             os.pwrite(fd, HEADER.pack(*fields).ljust(PAGE, b"\0"), 0)
         except OSError as error:

@@ -20,15 +20,15 @@ from typing import Any
 import numpy as np
 
 from onecopy.daxemu._fault import Words
-from onecopy.daxemu.errors import NoSpace, PoolBusy, RuntimeLost
-from onecopy.daxemu.locks import RankedLock, open_private, try_mount
-from onecopy.daxemu.pool import Pool, fallocate, release
+from onecopy.daxemu.errors import NoSpace, OneCopyError, PoolBusy, RuntimeLost
+from onecopy.daxemu.locks import RankedLock, has_raw_readers, open_private, try_mount
+from onecopy.daxemu.pool import POLICIES, Pool, fallocate, release
 from onecopy.daxemu.record import Record
 from onecopy.daxemu.units import PAGE
 
 FOLDER = "/dev/shm"
 MAGIC = int.from_bytes(b"onecopyR", "little")
-LAYOUT = 2
+LAYOUT = 3
 SLOTS = 512
 READERS = 8  # concurrent lock-free readers a slot can announce
 MESSAGES = 4  # faults, commits and freezes that a slot can have under way
@@ -51,7 +51,8 @@ HEADER = Record(
         ("device", "u64", "", "st_dev of the pool file"),
         ("inode", "u64", "", "st_ino of the pool file"),
         ("lock_inode", "u64", "", "st_ino of the lock file: who finds another one would lock alone"),
-        ("path", "bytes[1984]", "", "where the pool was, so that the files of a pool that is gone can be swept away"),
+        ("policy", "u64", "", "0 dax, 1 shared, 2 per-inode: all users of the pool have the same"),
+        ("path", "bytes[1976]", "", "where the pool was, so that the files of a pool that is gone can be swept away"),
     ],
 )
 
@@ -208,6 +209,16 @@ def runtime_paths(pool: Pool) -> tuple[str, str]:
     return base, base + ".lock"
 
 
+def policy_in_use(pool: Pool) -> str | None:
+    """Return the policy that the pool's run-time file was made for; None when there is none."""
+    try:
+        with open(runtime_paths(pool)[0], "rb") as file:
+            header = HEADER.unpack(file.read(HEADER.size).ljust(HEADER.size, b"\0"))
+    except (FileNotFoundError, PermissionError):
+        return None
+    return POLICIES[header["policy"]] if header["magic"] == MAGIC and header["layout"] == LAYOUT else None
+
+
 class Layout:
     """Byte offsets of the areas, for a pool of `frames` pages."""
 
@@ -327,6 +338,7 @@ def _create(pool: Pool, path: str, lock_fd: int) -> int:
             status.st_dev,
             status.st_ino,
             os.fstat(lock_fd).st_ino,
+            POLICIES.index(pool.policy),
             os.fsencode(pool.path),
         ]
         if len(header[-1]) >= HEADER.size - HEADER.offset["path"]:
@@ -363,6 +375,42 @@ def _no_permission(path: str) -> PermissionError:
     )
 
 
+_EXCLUSIVE = "the pool is being formatted or repaired, or open as a raw device; try again when that is done"
+
+
+def not_alone(pool: Pool, lost: str) -> OneCopyError:
+    """Return the error for who must make a run-time file and did not get the mount lock; `lost`: if users hold it."""
+    if not try_mount(pool.fd, exclusive=False):
+        return PoolBusy(_EXCLUSIVE, path=pool.path)
+    if has_raw_readers(pool.fd):
+        return PoolBusy(
+            "the pool is open as a raw device, and its run-time file must be built first; close that", path=pool.path
+        )
+    return RuntimeLost(lost, path=pool.path)
+
+
+def is_settled(pool: Pool) -> bool:
+    """Return True when nothing would be lost with the pool's run-time file: there is none, or all in it has been synced.
+
+    The caller holds the mount lock exclusively.
+    """
+    try:
+        fd = open_private(runtime_paths(pool)[0], os.O_RDONLY)
+    except FileNotFoundError:
+        return True
+    try:
+        header = HEADER.unpack(os.pread(fd, HEADER.size, 0).ljust(HEADER.size, b"\0"))
+        if header["magic"] != MAGIC or header["layout"] != LAYOUT or header["frames"] != pool.frames:
+            return True  # nobody would use it
+        state = STATE.unpack(os.pread(fd, STATE.size, HEADER.size).ljust(STATE.size, b"\0"))
+        counters = COUNTERS.unpack(os.pread(fd, COUNTERS.size, Layout(pool.frames).counters).ljust(COUNTERS.size, b"\0"))
+    finally:
+        os.close(fd)
+    live = state["live_generation"]
+    finished = not state["intent"] and not state["log_count"] and state["taken_generation"] <= live
+    return bool(finished and live == state["durable_generation"] and not counters["dirty"] and not counters["held"])
+
+
 def attach(pool: Pool, lock: RankedLock) -> tuple[Runtime, bool]:
     """Attach to the pool's run-time file, or make an empty one; True with it when it must be filled (see `finish`).
 
@@ -390,13 +438,13 @@ def attach(pool: Pool, lock: RankedLock) -> tuple[Runtime, bool]:
     if fd >= 0:
         if not try_mount(pool.fd, exclusive=False):
             os.close(fd)
-            raise PoolBusy("the pool is being formatted or repaired; try again when that is done", path=pool.path)
+            raise PoolBusy(_EXCLUSIVE, path=pool.path)
         return Runtime(pool, fd, path, lock), False
     if not try_mount(pool.fd, exclusive=True):
-        raise RuntimeLost(
+        raise not_alone(
+            pool,
             f"the run-time file {path} or its lock file was deleted or damaged while processes use the pool; "
             "end them ('fuser' on the pool names them), then open it again",
-            path=pool.path,
         )
     return Runtime(pool, _create(pool, path, lock.fd), path, lock), True
 

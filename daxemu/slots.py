@@ -9,28 +9,20 @@ after: the child inherits the descriptor, and with it the lock, so it is registe
 import errno
 import fcntl
 import os
-import struct
 import threading
 import time
 from collections import deque
 from dataclasses import dataclass
 
 from onecopy.daxemu.errors import OneCopyError
-from onecopy.daxemu.locks import reopen
+from onecopy.daxemu.locks import range_lock, reopen
 from onecopy.daxemu.runtime import BELL, MESSAGE, MESSAGES, READERS, SLOT, SLOTS, Runtime, W
 
 IDLE = (1 << 64) - 1  # a reader word that announces nothing; larger than every generation
 
 _LOCK_BASE = 1 << 40  # beyond the file's end: the range is only a name
-_FLOCK = struct.Struct("hhqqi4x")
 _LIVE = W["live_generation"]
 _MESSAGES_ROOM, _BELLS_ROOM = W["messages_room"], W["bells_room"]
-
-
-def _range_lock(fd: int, command: int, slot: int) -> int:
-    """Run F_OFD_SETLK or F_OFD_GETLK on the slot's byte; return the lock type found."""
-    request = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, _LOCK_BASE + slot, 1, 0)
-    return int(_FLOCK.unpack(fcntl.fcntl(fd, command, request))[0])
 
 
 def _word(runtime: Runtime, slot: int, field: str) -> int:
@@ -122,7 +114,7 @@ def claim(runtime: Runtime, first: int = 0, end: int = JANITOR) -> Slot:
             if runtime.words[_word(runtime, index, "pid")]:
                 continue
             try:
-                _range_lock(fd, fcntl.F_OFD_SETLK, index)
+                range_lock(fd, fcntl.F_OFD_SETLK, _LOCK_BASE + index)
             except BlockingIOError:
                 continue
             clear(runtime, index)
@@ -159,7 +151,7 @@ def taken(runtime: Runtime) -> list[int]:
 
 def dead(runtime: Runtime) -> list[int]:
     """Return the taken slots whose holder is gone; the caller holds the transaction lock."""
-    return [i for i in taken(runtime) if _range_lock(runtime.fd, fcntl.F_OFD_GETLK, i) == fcntl.F_UNLCK]
+    return [i for i in taken(runtime) if range_lock(runtime.fd, fcntl.F_OFD_GETLK, _LOCK_BASE + i) == fcntl.F_UNLCK]
 
 
 def users(runtime: Runtime) -> list[User]:
@@ -190,5 +182,4 @@ def oldest_reader(runtime: Runtime) -> int:
 
 def in_use(fd: int) -> bool:
     """Return whether any slot of the run-time file open as `fd` has a living holder."""
-    request = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, _LOCK_BASE, SLOTS, 0)
-    return bool(_FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_OFD_GETLK, request))[0] != fcntl.F_UNLCK)
+    return range_lock(fd, fcntl.F_OFD_GETLK, _LOCK_BASE, SLOTS) != fcntl.F_UNLCK

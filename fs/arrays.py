@@ -1,5 +1,6 @@
 """numpy arrays over mappings: .npy files as their header says, raw files by dtype, shape and offset."""
 
+import errno
 import io
 import math
 from typing import TYPE_CHECKING, Any
@@ -7,12 +8,57 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.lib import format as npy
 
-from onecopy.daxemu.errors import invalid
+from onecopy.daxemu.errors import invalid, posix
+from onecopy.daxemu.mapping import Mapping
 
 if TYPE_CHECKING:
     from onecopy.fs.filesystem import FileSystem
 
 _HEADER_MAX = 1 << 20
+
+
+class MappedArray(np.ndarray[Any, Any]):
+    """An array over a mapping. Pickled, it is mapped anew, by inode, where it is unpickled; so are its slices and other views.
+
+    What is computed from it is a plain array. Copies may be of this type, too, and are pickled by value, as plain arrays.
+    """
+
+    __array_priority__ = -100.0  # as np.memmap has it: other kinds of arrays say what comes of an operation with them
+
+    def __array_wrap__(self, array: "np.ndarray[Any, Any]", context: Any = None, return_scalar: bool = False) -> Any:
+        """Return what a ufunc has made as a plain array; `self`, where it was the output."""
+        if array is self:
+            return array
+        return np.asarray(array) if array.ndim else array[()]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        mapping = self._mapping()
+        if mapping is None or not self.size:
+            return np.asarray(self).__reduce_ex__(protocol)
+        offset = self.__array_interface__["data"][0] - mapping.address
+        return _again, (mapping, self.dtype, self.shape, self.strides, offset, self.flags.writeable)
+
+    def _mapping(self) -> Mapping | None:
+        """Return the mapping that this array looks into; None where it is a copy, or what is mapped has no pages of a file."""
+        base: Any = self.base
+        while isinstance(base, np.ndarray):
+            base = base.base
+        mapping = base.obj if isinstance(base, memoryview) else None
+        return mapping if isinstance(mapping, Mapping) and mapping.space >= 0 else None
+
+
+def _again(
+    mapping: Mapping, kind: "np.dtype[Any]", shape: tuple[int, ...], strides: tuple[int, ...], offset: int, writable: bool
+) -> MappedArray:
+    """Return the array that was pickled, over its mapping made anew."""
+    try:
+        array = MappedArray(shape, kind, np.frombuffer(memoryview(mapping), np.uint8), offset, strides)
+    except (TypeError, ValueError) as error:
+        why = f"the file was cut off at {len(mapping)} bytes, before the end of an array in it was unpickled"
+        raise posix(errno.ENXIO, mapping.path, why) from error
+    if not writable:
+        array.flags.writeable = False
+    return array
 
 
 def array(
@@ -42,7 +88,7 @@ def array(
     if count == 0 or kind.itemsize == 0:
         return np.empty(shape, kind)
     flat = np.frombuffer(memoryview(mapping), kind, count, offset)
-    return flat.reshape(shape, order="F" if order == "F" else "C")
+    return flat.reshape(shape, order="F" if order == "F" else "C").view(MappedArray)
 
 
 def _header(start: bytes, path: str) -> tuple[tuple[int, ...], bool, "np.dtype[Any]", int]:

@@ -20,6 +20,7 @@ from onecopy.fs.inode import Inode
 from onecopy.fs.tx import Tx, View
 
 _ZEROS = bytes(1 << 20)
+_AHEAD = 64  # pages that are brought into a cache before they are copied out of it
 _GRANULE = 32  # pages, aligned in the file, whose private copies are put side by side
 
 
@@ -49,7 +50,12 @@ def read_into(view: View, inode: Inode, offset: int, buffer: memoryview) -> int:
         if at < first:
             _clear(buffer[at - offset : first - offset])
         source = pfn * PAGE + first - page * PAGE
-        buffer[first - offset : last - offset] = view.bytes[source : source + last - first]
+        step = _AHEAD * PAGE if view.cached else last - first
+        for start in range(0, last - first, step or 1):
+            size = min(step, last - first - start)
+            if view.cached:
+                view.fetch((source + start) // PAGE, pages_of(source + start + size) - (source + start) // PAGE)
+            buffer[first - offset + start : first - offset + start + size] = view.bytes[source + start : source + start + size]
         at = last
     if at < end:
         _clear(buffer[at - offset : end - offset])

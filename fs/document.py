@@ -6,7 +6,7 @@ python -m onecopy.fs.document
 import sys
 from pathlib import Path
 
-from onecopy.blkcache import frames
+from onecopy.blkcache import conditions, cuts, frames
 from onecopy.daxemu import locks, runtime, steps
 from onecopy.fs import mapped
 from onecopy.fs.btree import TREES
@@ -42,7 +42,9 @@ def format_document() -> str:
     lines += [record.markdown() for record in (runtime.HEADER, runtime.STATE, runtime.SLOT, LIVE_ROOT, *shared)]
     lines += ["### frame table (1 byte a frame)", "", "| bit | state | meaning |", "| --- | --- | --- |"]
     lines += [f"| {getattr(frames, name)} | {name} | {meaning} |" for name, meaning in frames.STATES.items()]
-    lines += ["", "## Findings of the check", "", "| code | means |", "| --- | --- |"]
+    lines += ["", "## Emulated block devices", "", "For tests and benchmarks: conditions, and a journal of requests.", ""]
+    lines += [record.markdown() for record in (conditions.CONDITIONS, conditions.FAILING, cuts.JOURNAL)]
+    lines += ["## Findings of the check", "", "| code | means |", "| --- | --- |"]
     lines += [f"| {code} | {meaning} |" for code, meaning in CODES.items()]
     return "\n".join(lines) + "\n"
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from onecopy.blkcache.cache import NO_OPTIONS, CachedPool, CacheInfo, CacheOptions
 from onecopy.blkcache.frames import PINNED, USED
 from onecopy.daxemu import slots
 from onecopy.daxemu.errors import OneCopyError, ReadOnly, invalid, posix
@@ -27,7 +28,7 @@ from onecopy.fs.btree import ROOTS
 from onecopy.fs.directory import FILE, SUBVOLUME
 from onecopy.fs.format import MAX_SIZE
 from onecopy.fs.inode import Inode
-from onecopy.fs.mount import Mount
+from onecopy.fs.mount import Mount, settle_policy
 from onecopy.fs.namei import PHANTOM, Place
 from onecopy.fs.names import Names, Progress, join
 from onecopy.fs.tx import Tx, View
@@ -72,6 +73,8 @@ class PoolInfo:
     shootdown_median_us: float | None
     shootdown_p99_us: float | None
     users: list[User]
+    policy: str
+    cache: CacheInfo | None
 
 
 class FileSystem(Names):
@@ -82,11 +85,12 @@ class FileSystem(Names):
     reader, as in any file system. `put`, `rmtree` and `dedupe` are many such calls. Errors are OSErrors with kernel errnos.
     """
 
-    def __init__(self, path: str | os.PathLike[str], mode: str = "r+") -> None:
+    def __init__(self, path: str | os.PathLike[str], mode: str = "r+", *, cache: CacheOptions = NO_OPTIONS) -> None:
         if mode not in ("r", "r+"):
             raise invalid(f"mode {mode!r}: say 'r' or 'r+'", os.fspath(path))
         self.path, self.mode = os.path.abspath(os.fspath(path)), mode
-        self._mount = Mount(self.path, writable=mode == "r+")
+        settle_policy(self.path, cache)
+        self._mount = Mount(self.path, writable=mode == "r+", cache=cache)
         self._device = zlib.crc32(self._mount.pool.uuid.bytes) << 20
 
     # ------------------------------------------------------------- handle
@@ -113,7 +117,7 @@ class FileSystem(Names):
             mount.abandon()
 
     def __reduce__(self) -> tuple[object, ...]:
-        return FileSystem, (self.path, self.mode)  # another process opens the pool anew
+        return FileSystem, (self.path, self.mode)  # another process opens the pool anew, as it is in use
 
     def __repr__(self) -> str:
         return f"<onecopy.FileSystem {self.path!r} {'closed' if self.closed else self.mode}>"
@@ -150,6 +154,8 @@ class FileSystem(Names):
                 shootdown_median_us=mount.runtime.shootdown_time(0.5),
                 shootdown_p99_us=mount.runtime.shootdown_time(0.99),
                 users=slots.users(mount.runtime),
+                policy=mount.pool.policy,
+                cache=mount.pool.info() if isinstance(mount.pool, CachedPool) else None,
             )
 
     # ------------------------------------------------------------ content

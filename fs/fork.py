@@ -2,7 +2,7 @@
 
 Before the fork the parent takes the transaction locks (so no transaction is cut in half) and makes, for every handle, the
 child's slot. The fork itself lets the parent's faults end, and makes the slots mappers of the same files (before_fork in
-_shoot.c). The slot's lock lives on a descriptor that the child inherits; when the parent closes its copy, the child alone
+_guard.c). The slot's lock lives on a descriptor that the child inherits; when the parent closes its copy, the child alone
 keeps it. In the child every lock gets a descriptor of its own.
 """
 

@@ -17,7 +17,7 @@ from onecopy.daxemu import _fault
 from onecopy.daxemu.errors import NoSpace, posix
 from onecopy.daxemu.mapping import Mapping, Run
 from onecopy.daxemu.units import pages_of
-from onecopy.fs import extents
+from onecopy.fs import content, extents
 from onecopy.fs import inode as inodes
 from onecopy.fs.inode import Inode
 from onecopy.fs.mapped import entry_words
@@ -62,7 +62,8 @@ class Maps:
         index = self.spaces.ensure(inode.subvolume, inode.number)
         self._attach(index)
         try:
-            self._give_entries(index, inode, view, pages, writable=writable)
+            self._give_entries(index, inode, view, pages, writable=writable or mount.pool.cached)
+            mount.pool.give_copies(index, max(pages, self.spaces.pages(index)))
             # We are a mapper now: whatever changes an entry from here on, we are told.
             self.engine.add(mapping, index, writable, granule)
             mapping.attached(self, index, inode.subvolume, inode.number, writable=writable)
@@ -245,18 +246,36 @@ def again(pool: str, pool_mode: str, path: str, subvolume: int, inode: int, mode
     from onecopy.fs.mount import Mount
 
     key = os.getpid(), pool, pool_mode
-    mount = _handles.get(key)
-    if mount is None or mount.closed or mount.slot.fd < 0:
-        mount = _handles[key] = Mount(pool, writable=pool_mode == "r+")
-    with mount.lock:
+    while True:
+        mount = _handles.get(key)
+        if mount is None or mount.slot.fd < 0:
+            mount = _handles[key] = Mount(pool, writable=pool_mode == "r+")
+        try:
+            with mount.lock:
+                if mount.slot.fd >= 0:
+                    return _map_inode(mount, path, subvolume, inode, mode)
+        except OSError as error:
+            if error.errno != errno.EBADF or mount.slot.fd >= 0:
+                raise
+        # Its last mapping has ended while we waited for the lock.
+
+
+def _map_inode(mount: "Mount", path: str, subvolume: int, number: int, mode: str) -> Mapping:
+    """Map an inode of an attachment that nobody else uses: as with a closed handle, it ends with its last mapping."""
+
+    def find(view: View) -> Inode:
+        if not inodes.exists(view, subvolume, number):
+            raise posix(errno.ESTALE, path, "the file was deleted before its mapping was unpickled")
+        return inodes.load(view, subvolume, number)
+
+    try:
         mount.recover()
-
-        def find(view: View) -> Inode:
-            if not inodes.exists(view, subvolume, inode):
-                raise posix(errno.ESTALE, path, "the file was deleted before its mapping was unpickled")
-            return inodes.load(view, subvolume, inode)
-
+        if mount.pool.writable and find(mount.live_view()).content:  # it was cut off and written anew
+            mount.run(lambda tx: content.give_pages(tx, inodes.change(tx, subvolume, number)), closing=True)
         return mount.maps.map(find, path, writable=mode == "r+", granule=0)
+    finally:
+        mount.closed = True
+        mount.maps.let_go()
 
 
 def _fold_all(tx: Tx) -> None:

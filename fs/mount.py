@@ -9,21 +9,23 @@ import errno
 import os
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TypeVar
 
 import numpy as np
 
 from onecopy.blkcache.frames import DIRTY, FRESH, NODE, USED, Frames, reserve_of
 from onecopy.blkcache.limbo import INTENT_RECLAIM, Limbo
+from onecopy.blkcache.cache import NO_OPTIONS, CacheOptions, cache_paths, open_pool
 from onecopy.blkcache.spaces import Spaces
 from onecopy.daxemu import slots
 from onecopy.daxemu._fault import Engine
-from onecopy.daxemu.errors import NoSpace, OneCopyError, ReadOnly, RuntimeLost, posix
+from onecopy.daxemu.errors import NoSpace, OneCopyError, PoolBusy, ReadOnly, posix
 from onecopy.daxemu.locks import RankedLock, reopen, try_mount
 from onecopy.daxemu.mapping import Mapping
-from onecopy.daxemu.persist import Volatile, persistence_of
+from onecopy.daxemu.persist import Volatile
 from onecopy.daxemu.pool import Pool
-from onecopy.daxemu.runtime import W, attach, finish, open_lock, runtime_paths
+from onecopy.daxemu.runtime import W, attach, finish, not_alone, open_lock, policy_in_use, runtime_paths
 from onecopy.daxemu.slots import Slot
 from onecopy.daxemu.steps import reach
 from onecopy.fs import counts, rebuild, superblock
@@ -48,11 +50,12 @@ MOUNTS: "weakref.WeakSet[Mount]" = weakref.WeakSet()  # for fork
 class Mount:
     """One handle's attachment to a pool. Not for use by callers of the package: see `filesystem.FileSystem`."""
 
-    def __init__(self, path: str, *, writable: bool) -> None:
+    def __init__(self, path: str, *, writable: bool, cache: CacheOptions = NO_OPTIONS) -> None:
         self.closed, self.pid = False, os.getpid()
         self.lost = False  # in a child that could not become a user of the pool
         self._running = False  # within `run`, between the first change and the last
-        self.pool = Pool(path, writable=writable)
+        self.options = cache
+        self.pool = open_pool(path, writable=writable, options=cache)
         lock_fd = -1
         try:
             lock_fd = open_lock(self.pool, runtime_paths(self.pool)[1])
@@ -68,12 +71,17 @@ class Mount:
 
     def _attach(self) -> None:
         self.runtime, empty = attach(self.pool, self.lock)
-        if not empty and self._is_stale():
+        if empty:
+            self.pool.connect(empty=True)
+        elif not self._is_stale():
+            self.pool.connect(empty=False)
+        else:
             self.runtime.close()
             if not try_mount(self.pool.fd, exclusive=True):
-                raise RuntimeLost("the pool file was replaced while processes use it; end them", path=self.pool.path)
+                raise not_alone(self.pool, "the pool file was replaced while processes use it; end them")
             os.unlink(self.runtime.path)
             self.runtime, empty = attach(self.pool, self.lock)
+            self.pool.connect(empty=empty)
         try:
             if empty:
                 self._fill()
@@ -109,7 +117,8 @@ class Mount:
         """As the holder of `slot`: finish what the dead left, and reap them."""
         runtime, pool = self.runtime, self.pool
         offsets = runtime.layout.native()
-        self.engine = Engine(runtime.memory, pool.memory, runtime.fd, pool.fd, slot.index, reserve_of(pool), offsets)
+        self.engine = Engine(runtime.memory, pool.memory, runtime.fd, pool.frames_fd, slot.index, reserve_of(pool), offsets)
+        pool.use(self.engine)
         self.frames = Frames(runtime, pool, self.engine)
         self.limbo = Limbo(self.frames)
         self.spaces = Spaces(self.frames, self.limbo, self.engine)
@@ -169,6 +178,7 @@ class Mount:
                 try:
                     self._running = True
                     result = work(tx)
+                    self.pool.raise_lost()
                     if os.getpid() != pid:
                         raise OneCopyError("a transaction begun before fork can't be finished by the child", code=errno.EPERM)
                     self.view = tx.commit()
@@ -192,6 +202,7 @@ class Mount:
                 except BaseException as error:
                     if os.getpid() == pid:
                         self._abort()
+                        self.pool.raise_lost()  # which is why what it read made no sense
                     if isinstance(error, ASTRAY):
                         raise damage(error) from error
                     raise
@@ -248,6 +259,8 @@ class Mount:
         self.spaces.reap()
         self._sync()
         self.limbo.reclaim(self.view.limbo_tail)
+        if self.pool.cached:
+            self.frames.give_back(0)  # also what nodes that came to nothing keep in memory
         self.frames.recount()
 
     # ------------------------------------------------------------- sync
@@ -285,6 +298,8 @@ class Mount:
         # Stores go to private pages and leave no mark; where flushing does something, all of these are flushed.
         marks = not self.spaces.any_entries or isinstance(pool.persistence, Volatile)
         stored = [] if marks else self.spaces.private_runs()
+        if pool.cached:  # which knows better: also of stores through mappings that have ended
+            stored = [(0, pool.frames)]
         if generation == runtime.get("durable_generation") and runtime.get("intent") != INTENT_SYNC:
             for first, pages in stored:
                 pool.persistence.flush(first, pages)
@@ -317,7 +332,10 @@ class Mount:
         reach("flags cleaned")
         runtime.set("intent", 0)
         self.limbo.reclaim(view.limbo_tail)
-        self.frames.give_back(faults=bool(self.spaces.with_entries()))
+        if pool.cached:
+            self.frames.give_back(0)
+        else:
+            self.frames.give_back(faults=bool(self.spaces.with_entries()))
 
     # ---------------------------------------------------------- mapping
 
@@ -332,12 +350,13 @@ class Mount:
     # ------------------------------------------------------------- fork
 
     def prepare_child(self) -> None:
-        """Before a fork, with the lock: make the child's slot; the fork makes it a mapper: before_fork in _shoot.c."""
+        """Before a fork, with the lock: make the child's slot; the fork makes it a mapper: before_fork in _guard.c."""
         self.spaces.reap()
         self.child_slot = slots.claim(self.runtime)
         try:  # the mount lock, too, on a description of the child's own: the parent's is unlocked when the parent closes
             self.child_pool_fd = reopen(self.pool.fd, os.O_RDWR if self.pool.writable else os.O_RDONLY)
             try_mount(self.child_pool_fd, exclusive=False)
+            self.pool.expect_child()
         except OSError:  # the process gave up the privileges that it opened the pool with
             self.child_pool_fd = -1
         self.engine.expect_child(self.child_slot.index, self.child_slot.fd, self.child_pool_fd)
@@ -364,8 +383,8 @@ class Mount:
         pool_fd = self.child_pool_fd
         for fd in (self.pool.fd, self.lock.fd, self.slot.fd):
             os.close(fd)
-        self.pool.fd, self.slot = pool_fd, slot
-        self.pool.persistence = persistence_of(pool_fd)
+        self.slot = slot
+        self.pool.become_child(pool_fd)
         self.lock = RankedLock("transaction", lock_fd)
         slot.adopt()
         self.pid = os.getpid()
@@ -418,6 +437,33 @@ class Mount:
         fd, self.lock.fd = self.lock.fd, -1
         os.close(fd)
         self.pool.close()
+
+
+def settle_policy(path: str, options: CacheOptions) -> None:
+    """Let a pool that was last used under another policy, and that nobody has open, be opened under the one that is asked for.
+
+    What processes that died have left in its run-time file, or in its cache, is made durable first. PoolBusy.
+    """
+    if options.policy is None:
+        return
+    pool = Pool(path, writable=False)
+    try:
+        in_use = policy_in_use(pool)
+    finally:
+        pool.close()
+    if in_use in (None, options.policy):
+        return
+    old = Mount(path, writable=True, cache=CacheOptions(policy=in_use, name=options.name, device=options.device))
+    try:
+        old.sync()
+        with old.lock:
+            if not try_mount(old.pool.fd, exclusive=True):
+                raise PoolBusy(f"processes have the pool open with policy {in_use!r}; 'onecopy info' lists them", path=path)
+            for name in (*runtime_paths(old.pool), *cache_paths(old.pool)):
+                with suppress(FileNotFoundError):
+                    os.unlink(name)
+    finally:
+        old.close()
 
 
 def _at_exit() -> None:

@@ -53,6 +53,8 @@ class Reading:
             self._slot.retract(self._word)
         elif kind is None:  # the slot and the word in it are the parent's
             raise OneCopyError("a read begun before fork can't be finished by the child", code=errno.EPERM)
+        if value is None or isinstance(value, (CorruptRecord, *ASTRAY)):
+            self._mount.pool.raise_lost()
         if isinstance(value, ASTRAY):
             raise damage(value) from value
 

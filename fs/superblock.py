@@ -23,7 +23,7 @@ class Superblock(NamedTuple):
 
 def read_slot(pool: Pool, pfn: int) -> Superblock:
     """Return the superblock at `pfn`; CorruptRecord when it is none."""
-    data = bytes(pool.bytes[pfn * PAGE : pfn * PAGE + SUPERBLOCK.size])
+    data = pool.read_media(pfn)[: SUPERBLOCK.size]
     fields = SUPERBLOCK.unpack(data)
     for name, expected in (("magic", SUPERBLOCK_MAGIC), ("pfn", pfn), ("uuid", pool.uuid.bytes)):
         if fields[name] != expected:

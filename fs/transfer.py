@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from onecopy.daxemu.errors import SpecialFile, invalid, posix
-from onecopy.daxemu.units import PAGE
+from onecopy.daxemu.units import PAGE, pages_of
 from onecopy.fs import content, extents, namei
 from onecopy.fs import inode as inodes
 from onecopy.fs.filesystem import FileSystem
@@ -263,7 +263,11 @@ def _get_file(fs: FileSystem, src: str, dst: str, meter: _Meter) -> None:
                     last = min((page + pages) * PAGE, inode.size)
                     for at in range(page * PAGE, last, _PIECE):
                         size, source = min(_PIECE, last - at), pfn * PAGE + at - page * PAGE
-                        _write_all(fd, view.bytes[source : source + size], at)
+                        piece: bytes | memoryview = view.bytes[source : source + size]
+                        if view.cached:  # the kernel can't fetch what is absent, we can
+                            view.fetch(source // PAGE, pages_of(size))
+                            piece = bytes(piece)
+                        _write_all(fd, piece, at)
                         meter.add(size)
                 os.ftruncate(fd, inode.size)
         finally:
@@ -275,7 +279,7 @@ def _get_file(fs: FileSystem, src: str, dst: str, meter: _Meter) -> None:
         raise
 
 
-def _write_all(fd: int, data: memoryview, at: int) -> None:
+def _write_all(fd: int, data: bytes | memoryview, at: int) -> None:
     while data:
         done = os.pwrite(fd, data, at)
         at, data = at + done, data[done:]

@@ -87,6 +87,7 @@ class View:
     def __init__(self, runtime: Runtime, pool: Pool, generation: int) -> None:
         self.generation = generation
         self.words, self.bytes = pool.words, pool.bytes
+        self.cached, self.fetch = pool.cached, pool.fetch
         self.table: memoryview = runtime.table
         self.array: npt.NDArray[np.uint8] = runtime.table_array
         fields = LIVE_ROOT.unpack_from(runtime.bytes, _SLOTS[generation & 1])
@@ -123,6 +124,7 @@ class Tx(View):
         # Not View.__init__: a transaction starts from what its view already knows.
         self.generation = view.generation + 1
         self.words, self.bytes, self.table, self.array = view.words, view.bytes, view.table, view.array
+        self.cached, self.fetch = view.cached, view.fetch
         self.roots, self.counts, self.next_subvolume, self.limbo_tail = (
             view.roots, view.counts, view.next_subvolume, view.limbo_tail,
         )  # fmt: skip

@@ -9,6 +9,30 @@ import pytest
 import onecopy
 
 SHM = "/dev/shm"
+_CACHE = 1024  # pages: less than most tests store
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--policy shared`: pools that tests make in their own process are used through a small cache."""
+    parser.addoption("--policy", choices=("dax", "shared", "per-inode"), default="dax", help="of the pools that tests make")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _policy(request: pytest.FixtureRequest) -> Iterator[None]:
+    policy = request.config.getoption("--policy")
+    if policy == "dax":
+        yield
+        return
+    from onecopy.fs import lifecycle
+
+    plain = lifecycle._cache_of
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            lifecycle,
+            "_cache_of",
+            lambda device, size, kind: (policy, _CACHE) if (device, size, kind) == ("direct", None, None) else plain(device, size, kind),
+        )
+        yield
 
 
 def forget(path: str) -> None:
@@ -19,7 +43,7 @@ def forget(path: str) -> None:
         return
     marker = f"-{status.st_dev:x}.{status.st_ino:x}"
     for name in os.listdir(SHM):
-        if name.startswith("onecopy-") and name.removesuffix(".lock").endswith(marker):
+        if name.startswith("onecopy-") and name.split(marker)[-1] in ("", ".lock", ".cache", ".frames") and marker in name:
             os.unlink(os.path.join(SHM, name))
     os.unlink(path)
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from onecopy.daxemu.errors import (
         CorruptRecord,
         CrossSubvolume,
+        DeviceError,
         InvariantError,
         NoSpace,
         NotAPool,
@@ -29,27 +30,29 @@ if TYPE_CHECKING:
         SpecialFile,
     )
     from onecopy.daxemu.mapping import Mapping
+    from onecopy.daxemu.raw import RawDevice
     from onecopy.daxemu.slots import User
     from onecopy.daxemu.units import PAGE, format_size, parse_size
     from onecopy.fs.check import CheckReport, Finding
     from onecopy.fs.dedupe import DedupeFile, DedupeReport
     from onecopy.fs.filesystem import FileSystem, PoolInfo
-    from onecopy.fs.lifecycle import check, format, open, remove
+    from onecopy.fs.lifecycle import check, format, open, open_device, remove
     from onecopy.fs.names import DirEntry, SubvolumeInfo
     from onecopy.fs.usage import Extent, Usage
 
     __version__: str
 
 _HOMES = {
-    "daxemu.errors": "CorruptRecord CrossSubvolume InvariantError NoSpace NotAPool OneCopyError PoolBusy PoolVersionError "
-    "ReadOnly RuntimeLost SpecialFile",
+    "daxemu.errors": "CorruptRecord CrossSubvolume DeviceError InvariantError NoSpace NotAPool OneCopyError PoolBusy "
+    "PoolVersionError ReadOnly RuntimeLost SpecialFile",
     "daxemu.mapping": "Mapping",
+    "daxemu.raw": "RawDevice",
     "daxemu.slots": "User",
     "daxemu.units": "PAGE format_size parse_size",
     "fs.check": "CheckReport Finding",
     "fs.dedupe": "DedupeFile DedupeReport",
     "fs.filesystem": "FileSystem PoolInfo",
-    "fs.lifecycle": "check format open remove",
+    "fs.lifecycle": "check format open open_device remove",
     "fs.names": "DirEntry SubvolumeInfo",
     "fs.usage": "Extent Usage",
 }
@@ -77,6 +80,7 @@ __all__ = [
     "CrossSubvolume",
     "DedupeFile",
     "DedupeReport",
+    "DeviceError",
     "DirEntry",
     "Extent",
     "FileSystem",
@@ -89,6 +93,7 @@ __all__ = [
     "PoolBusy",
     "PoolInfo",
     "PoolVersionError",
+    "RawDevice",
     "ReadOnly",
     "RuntimeLost",
     "SpecialFile",
@@ -100,6 +105,7 @@ __all__ = [
     "format",
     "format_size",
     "open",
+    "open_device",
     "parse_size",
     "remove",
 ]

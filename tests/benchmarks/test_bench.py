@@ -64,7 +64,19 @@ def check(row):
 
 
 def test_every_file_is_on_the_list():
-    parts = {"comparison", "document", "files", "growth", "harness", "limits", "pictures", "ways", "workers", "__init__"}
+    parts = {
+        "comparison",
+        "document",
+        "files",
+        "growth",
+        "harness",
+        "limits",
+        "pictures",
+        "traces",
+        "ways",
+        "workers",
+        "__init__",
+    }
     assert {path.stem for path in FOLDER.glob("*.py")} == {*NAMES, *parts}
 
 
@@ -112,7 +124,8 @@ def test_as_a_table():
 
 
 @pytest.mark.parametrize(
-    "name", ["clone_fragmented", "directory", "open_pool", "dedupe", "private_store", "shootdown", "parallel_stores"]
+    "name",
+    ["clone_fragmented", "directory", "open_pool", "dedupe", "private_store", "shootdown", "parallel_stores", "replacement"],
 )
 def test_each_file_runs_alone(name):
     out, err = finish(start(sys.executable, str(FOLDER.resolve() / f"{name}.py"), "--quick", "--json"))

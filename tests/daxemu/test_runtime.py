@@ -202,6 +202,30 @@ def test_what_is_in_use_is_not_swept_away(small, paths, user, new_path):
     assert not any(map(os.path.exists, paths))
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("magic", bytes(8)),
+        ("layout", (runtime.LAYOUT + 1).to_bytes(8, "little")),
+        ("path", b"\1\0/dev/shm"),
+        ("path", bytes(9)),
+    ],
+)
+def test_what_it_does_not_understand_is_not_swept_away(small, paths, user, new_path, field, value):
+    """Another version's run-time file, one that is half-built, or damage: not ours to delete, no reason not to make a pool."""
+    user.close()
+    os.unlink(small)
+    with open(paths[0], "r+b") as file:
+        file.seek(HEADER.offset[field])
+        file.write(value)
+    try:
+        onecopy.format(new_path(), "4M")
+        assert all(map(os.path.exists, paths))
+    finally:
+        for path in paths:
+            os.unlink(path)
+
+
 def test_a_pool_may_be_removed_while_another_process_sweeps(small, paths, user, monkeypatch):
     """The sweeper finds the pool gone and is faster with its run-time files."""
     user.close()
@@ -215,3 +239,20 @@ def test_a_pool_may_be_removed_while_another_process_sweeps(small, paths, user, 
     monkeypatch.setattr(os, "unlink", and_sweep)
     onecopy.remove(small)
     assert not any(map(os.path.exists, (small, *paths)))
+
+
+def test_run_time_files_of_another_version_are_not_swept(small, paths, user, tmp_path, monkeypatch):
+    """Its header has other fields: the pool's path would be looked for in the wrong place, and the pool taken for gone."""
+    header = bytearray(HEADER.size)
+    header[: HEADER.size - 8] = user._mount.runtime.bytes[: HEADER.size - 8]
+    header[HEADER.offset["layout"] : HEADER.offset["layout"] + 8] = (runtime.LAYOUT + 1).to_bytes(8, "little")
+    where = HEADER.offset["path"]
+    for shift in (-8, -1, 0, 1, 8):
+        moved = bytearray(header)
+        moved[where:] = bytes(len(header) - where)
+        moved[where + shift : where + shift + len(small)] = small.encode()
+        (tmp_path / f"onecopy-{shift}").write_bytes(moved)
+    names = sorted(os.listdir(tmp_path))
+    monkeypatch.setattr(runtime, "FOLDER", str(tmp_path))
+    assert lifecycle.sweep() == []
+    assert sorted(os.listdir(tmp_path)) == names

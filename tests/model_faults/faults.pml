@@ -1,6 +1,6 @@
 /*
  * A model, for spin, of the entries of one mapped file, the shootdown, freezing, publishing, and of what is done about the dead.
- * Names in comments are those of the code: daxemu/_shoot.c, _fault.c, _commit.c; fs/mapped.py; blkcache/spaces.py.
+ * Names in comments are those of the code: daxemu/_map.c, _shoot.c, _fault.c, _commit.c; fs/mapped.py; blkcache/spaces.py.
  *
  *   spin -a faults.pml && gcc -O2 -DSAFETY -o pan pan.c && ./pan -E -m2000000
  *

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-SOURCES = [HERE / "driver.c", *(HERE.parents[1] / "daxemu" / f"{name}.c" for name in ("_shoot", "_fault", "_commit"))]
+NAMES = ("_guard", "_map", "_shoot", "_fault", "_commit")
+SOURCES = [HERE / "driver.c", *(HERE.parents[1] / "daxemu" / f"{name}.c" for name in NAMES)]
 WARNINGS = ["-std=c11", "-Wall", "-Wextra", "-Werror"]
 COMPILER = os.environ.get("CC", "cc")
 SEED = 20261

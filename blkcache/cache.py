@@ -1,0 +1,374 @@
+"""The shared buffer cache: a pool whose bytes lie on a device that can only be read and written, and are in memory in part.
+
+Two files in /dev/shm, beside the run-time file or under a name that several pools share: the *frame file*, which holds the
+pages, and the *control file*, one word for each frame, and the counters. daxemu/_cache.h says how they are used; this module makes them,
+and `CachedPool` is the pool over them. Everything above sees the same memory, addressed by PFN, as it does without a cache.
+
+Two policies: "shared" keeps one frame for a block, however many files share it; "per-inode" gives each file that is mapped copies
+of its own of pages that it shares, which is what kernels do, and what the first is to be compared with.
+"""
+
+import errno
+import fcntl
+import mmap
+import os
+import stat
+import struct
+from dataclasses import dataclass
+
+from onecopy.blkcache.device import BlockDevice, FileDevice
+from onecopy.daxemu import _fault
+from onecopy.daxemu.errors import NoSpace, OneCopyError, PoolBusy, RuntimeLost, invalid
+from onecopy.daxemu.locks import open_private, reopen
+from onecopy.daxemu.pool import POLICIES, Pool, release
+from onecopy.daxemu.record import Record
+from onecopy.daxemu.runtime import FOLDER, policy_in_use, runtime_paths
+from onecopy.daxemu.units import PAGE
+
+DEVICES = 8
+SPAN = 1 << 31  # frames of one device: half for its blocks, half for copies that are inodes'
+COPIES = 1 << 30
+USERS = 512
+MAGIC = int.from_bytes(b"onecopyC", "little")
+LAYOUT = 1
+MIN_FRAMES = 256
+DEFAULT_CACHE = 16384  # pages: 64 MiB
+_WORDS = 1 << 20
+_OWNERS = _WORDS + DEVICES * SPAN * 8
+_WINDOWS = _OWNERS + DEVICES * COPIES * 8
+_SPACES = 1 << 16
+_SIZE = _WINDOWS + DEVICES * _SPACES * 16
+_CHUNK = 1 << 20
+
+CONTROL = Record(
+    "cache header",
+    4608,
+    "At the start of a cache's control file. A word for each frame follows from 1 MiB on, then each frame's owner, then where the copies begin.",
+    [
+        ("magic", "u64", "", "the bytes 'onecopyC'"),
+        ("layout", "u64", "", str(LAYOUT)),
+        ("limit", "u64", "frames", "that may be in memory"),
+        ("resident", "u64", "frames", "that are, or are about to be"),
+        ("kept", "u64", "frames", "tree nodes that stay until they are written back"),
+        ("hand", "u64", "frames", "where the sweep for victims is"),
+        ("inserted", "u64", "frames", "that have come in, ever"),
+        ("evicted", "u64", "frames", "that had to go"),
+        ("fills", "u64", "frames", "that were read from a device"),
+        ("hits", "u64", "", "uses of a frame that was there, as far as they are seen: not those through mappings"),
+        ("written", "u64", "frames", "written back"),
+        ("errors", "u64", "", "requests that a device refused"),
+        ("over", "u64", "", "times that nothing could be evicted, and the limit was passed"),
+        ("mains", "u64", "frames", "of the resident ones: used again, or evicted too early"),
+        ("unused", "bytes[16]", "", ""),
+        ("identities", f"bytes[{DEVICES * 32}]", "", f"{DEVICES} devices: the pool's uuid, st_dev, st_ino"),
+        ("frames", f"bytes[{DEVICES * 8}]", "frames", "of each device; 0: none"),
+        ("copies", f"bytes[{DEVICES * 8}]", "frames", "of each that inodes' copies have been given, ever"),
+        ("incarnations", f"bytes[{USERS * 8}]", "", "counts the holders of each user number: a word that is held names both"),
+    ],
+)
+
+
+def cache_paths(pool: Pool) -> tuple[str, str]:
+    """Return the paths of the control file and the frame file that a pool has for itself alone."""
+    base = runtime_paths(pool)[0]
+    return base + ".cache", base + ".frames"
+
+
+@dataclass(frozen=True)
+class CacheInfo:
+    """A buffer cache; counts are pages, of all devices in it, since it was made."""
+
+    path: str
+    limit: int
+    resident: int
+    kept: int
+    fills: int
+    hits: int
+    evictions: int
+    written: int
+    errors: int
+    over: int
+
+
+class CachedPersistence:
+    """What is flushed is written back; a fence waits for the device."""
+
+    def __init__(self, cache: _fault.Cache, device: BlockDevice) -> None:
+        self._cache, self._device, self._pending = cache, device, False
+
+    def flush(self, pfn: int, pages: int) -> None:
+        """Write the dirty ones of these pages to the device. OSError (EIO), NoSpace."""
+        self._pending = self._pending or pages > 0
+        self._cache.write_back(pfn, pages)
+
+    def fence(self) -> None:
+        """Wait for the media."""
+        if self._pending:
+            self._device.flush()
+            self._pending = False
+
+
+class CachedPool(Pool):
+    """A pool on a block device, through a cache. `connect` makes it whole; the caller holds the transaction lock then."""
+
+    cached = True
+
+    def __init__(
+        self, path: str, *, writable: bool, policy: str, limit: int | None = None, name: str | None = None,
+        device: BlockDevice | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(path, writable=writable, mapped=False)
+        self.policy, self._limit, self._name = policy, limit, name
+        try:
+            self.device: BlockDevice = device if device is not None else FileDevice(path, writable)
+            if self.device.blocks < self.frames or self.frames > COPIES:
+                raise invalid(f"a device of {self.device.blocks} blocks for a pool of {self.frames} pages", path)
+        except BaseException:
+            os.close(self.fd)
+            raise
+
+    def connect(self, *, empty: bool) -> None:
+        """Attach to the cache, or make it; `empty`: nothing that it holds of this pool counts. RuntimeLost, PoolBusy, NoSpace."""
+        base = f"{FOLDER}/onecopy-cache-{self._name}" if self._name else runtime_paths(self)[0]
+        control, frames, made = self._open(base, empty=empty)
+        try:
+            fcntl.flock(control, fcntl.LOCK_EX)
+            try:
+                if made:
+                    self._fill(control)
+                number = self._number(control)
+                if not made and not self._name and os.fstat(frames).st_size < DEVICES * SPAN * PAGE:
+                    raise RuntimeLost(f"{base}.frames is damaged", path=self.path)
+            finally:
+                fcntl.flock(control, fcntl.LOCK_UN)
+            self.memory = mmap.mmap(frames, self.frames * PAGE, mmap.MAP_SHARED, offset=number * SPAN * PAGE)
+            self.header = mmap.mmap(control, _WORDS)
+            try:
+                mine = os.dup(control), os.dup(frames)
+                self.cache = _fault.Cache(*mine, self.memory, self.device.native, number, self.policy == "per-inode")
+            except OSError as error:
+                raise self._unwatched(error) from error
+        except BaseException:
+            os.close(control)
+            os.close(frames)
+            raise
+        self._control, self._frames = control, frames
+        self.cache_path, self.number = base, number
+        self.bytes = memoryview(self.memory)
+        self.words = self.bytes.cast("Q")
+        self.counters = memoryview(self.header).cast("Q")
+        if empty and not made:
+            self.cache.drop(0, self.frames)
+        if self._limit is not None and not made:
+            self.counters[CONTROL.word("limit")] = self._limit
+            self.cache.shrink()
+        self.persistence = CachedPersistence(self.cache, self.device)
+
+    def _unwatched(self, error: OSError) -> OSError:
+        if error.errno not in (errno.EPERM, errno.ENOSYS, errno.EINVAL):
+            return error
+        return OneCopyError(
+            f"a cache needs userfaultfd ({error.strerror}): Linux 5.11, and a container that doesn't forbid it; or use policy 'dax'",
+            path=self.path, code=errno.EOPNOTSUPP,
+        )  # fmt: skip
+
+    def _open(self, base: str, *, empty: bool) -> tuple[int, int, bool]:
+        if empty and not self._name:
+            for ending in (".cache", ".frames"):
+                if os.path.lexists(base + ending):
+                    os.unlink(base + ending)
+        found: list[int] = []
+        try:
+            for ending in (".cache", ".frames"):
+                flags = os.O_RDWR | (os.O_CREAT if empty or self._name else 0)
+                found.append(open_private(base + ending, flags))
+        except FileNotFoundError as error:
+            for fd in found:
+                os.close(fd)
+            raise RuntimeLost(f"{base}.cache or .frames was deleted while the pool was in use", path=self.path) from error
+        return found[0], found[1], os.fstat(found[0]).st_size == 0
+
+    def _fill(self, control: int) -> None:
+        frames = self._limit or DEFAULT_CACHE
+        values = [MAGIC, LAYOUT, frames, *[0] * 11, b"", b"", b"", b"", b""]
+        for fd, size in ((control, _SIZE),):
+            os.fchmod(fd, (self.status.st_mode & 0o666) | 0o600)
+            os.ftruncate(fd, size)
+        os.pwrite(control, CONTROL.pack(*values), 0)
+        path = os.readlink(f"/proc/self/fd/{control}").removesuffix(".cache") + ".frames"
+        os.chmod(path, (self.status.st_mode & 0o666) | 0o600)
+        os.truncate(path, DEVICES * SPAN * PAGE)
+
+    def _number(self, control: int) -> int:
+        """Return which of the cache's devices this pool is; a new one when it is none yet."""
+        found = CONTROL.unpack(os.pread(control, CONTROL.size, 0))
+        if (found["magic"], found["layout"]) != (MAGIC, LAYOUT):
+            raise RuntimeLost("the cache's control file is damaged, or another version's", path=self.path)
+        identity = self.uuid.bytes + struct.pack("=QQ", self.status.st_dev, self.status.st_ino)
+        have = [found["identities"][n * 32 : n * 32 + 32] for n in range(DEVICES)]
+        number = have.index(identity) if identity in have else have.index(bytes(32)) if bytes(32) in have else -1
+        if number < 0:
+            raise PoolBusy(f"the cache serves {DEVICES} pools already", path=self.path)
+        os.pwrite(control, struct.pack("=Q", self.frames), CONTROL.offset["frames"] + number * 8)
+        os.pwrite(control, identity, CONTROL.offset["identities"] + number * 32)
+        return number
+
+    @property
+    def frames_fd(self) -> int:
+        """The frame file; what maps it asks the cache for the place."""
+        return self._frames
+
+    # ---------------------------------------------------------- storing
+
+    def store(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        """Store `data` at byte `offset`, in the cache. NoSpace when /dev/shm is full, OSError (EIO)."""
+        try:
+            self.cache.store(offset, data)
+        except OSError as error:
+            raise self._host_full(error) from error
+
+    def store_from(self, offset: int, fd: int, at: int, size: int) -> int:
+        """Store up to `size` bytes of the host file `fd` from byte `at` on; return how many there were. NoSpace, OSError."""
+        done = 0
+        while done < size and (data := os.pread(fd, min(_CHUNK, size - done), at + done)):
+            self.store(offset + done, data)
+            done += len(data)
+        return done
+
+    def ready(self, pfn: int, pages: int) -> None:
+        """Give frames pages that stay in memory until they are written back. NoSpace when too many do."""
+        try:
+            self.cache.ready(pfn, pages)
+        except OSError as error:
+            raise self._host_full(error) from error
+
+    def back(self, pfn: int, pages: int) -> None:
+        """Let the device's host keep room for frames [pfn, pfn + pages), where it can. NoSpace."""
+        if stat.S_ISREG(self.status.st_mode):
+            super().back(pfn, pages)
+
+    def punch(self, pfn: int, pages: int) -> None:
+        """Forget frames, in the cache and on the device."""
+        self.cache.drop(pfn, pages)
+        self.device.discard(pfn, pages)
+
+    def fetch(self, pfn: int, pages: int) -> None:
+        """Bring frames into the cache, reading ahead; a use, for the policy. OSError (EIO)."""
+        try:
+            self.cache.fetch(pfn, pages)
+        except OSError as error:
+            raise self._unreadable(error.errno or errno.EIO, pfn, pages) from error
+
+    def read_media(self, pfn: int) -> bytes:
+        """Return a page as it is on the device."""
+        page = bytearray(PAGE)
+        self.device.read(pfn, page)
+        return bytes(page)
+
+    def raise_lost(self) -> None:
+        """Raise OSError (EIO) when a block could not be read since the last call, and something else was shown for it."""
+        lost = self.cache.error()
+        if lost is not None:
+            raise self._unreadable(lost[0], lost[1], 1)
+
+    def _unreadable(self, code: int, pfn: int, pages: int) -> OSError:
+        where = f"block {pfn}" if pages == 1 else f"blocks {pfn} to {pfn + pages - 1}"
+        return OneCopyError(f"the device could not read {where} ({os.strerror(code)})", path=self.path, code=code)
+
+    # ------------------------------------------------------------- life
+
+    def use(self, engine: _fault.Engine) -> None:
+        """Let the engine's faults find their frames here."""
+        self.cache.use(engine)
+
+    def info(self) -> CacheInfo:
+        """Return the cache's figures."""
+        names = ("limit", "resident", "kept", "fills", "hits", "evicted", "written", "errors", "over")
+        return CacheInfo(f"{self.cache_path}.frames", *(self.counters[CONTROL.word(name)] for name in names))
+
+    def give_copies(self, space: int, pages: int) -> None:
+        """Policy per-inode: give an address space frames for copies of what it shares, `pages` of them. NoSpace.
+
+        Copies have addresses of their own, beyond the device's blocks, in a row as the file's pages are. When the file has grown
+        beyond them, it gets others; what still maps the old ones finds them absent, and looks again.
+        """
+        if self.policy != "per-inode":
+            return
+        taken = self.counters[CONTROL.word("copies") + self.number]
+        first, room = self.cache.window(space)
+        if first and room >= pages:
+            return
+        self.end_copies(space)
+        if taken + pages > SPAN - COPIES:
+            raise NoSpace("the cache has no addresses left for files' copies: open the pool anew", path=self.path)
+        self.counters[CONTROL.word("copies") + self.number] = taken + pages
+        self.cache.set_window(space, taken, pages)
+
+    def end_copies(self, space: int) -> None:
+        """Policy per-inode: forget an address space's copies."""
+        if self.policy == "per-inode":
+            first, pages = self.cache.window(space)
+            if first:
+                self.cache.set_window(space, 0, 0)
+                self.cache.drop_copies(first, pages)
+
+    def expect_child(self) -> None:
+        """Before a fork: make the child a user of the cache."""
+        fd = reopen(self._control)
+        try:
+            self.cache.expect_child(fd)
+        except OSError:
+            os.close(fd)
+            raise
+
+    def become_child(self, fd: int) -> None:
+        """In the forked child: `fd` is the pool file on a description of its own."""
+        self.fd = fd
+
+    def close(self) -> None:
+        """Unmap and close; what was not written back stays in the cache."""
+        cache = getattr(self, "cache", None)
+        if cache is not None:
+            release(self.counters, self.header)
+            release(self.words, self.bytes)
+            cache.close()
+            release(self.memory)
+            os.close(self._control)
+            os.close(self._frames)
+        self.device.close()
+        fcntl.flock(self.fd, fcntl.LOCK_UN)
+        os.close(self.fd)
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """How a pool is to be opened: None is as it is in use already, or else as its header says. `limit`: pages."""
+
+    policy: str | None = None
+    limit: int | None = None
+    name: str | None = None
+    device: BlockDevice | None = None
+
+
+NO_OPTIONS = CacheOptions()
+
+
+def open_pool(path: str, *, writable: bool, options: CacheOptions) -> Pool:
+    """Open the pool at `path` as `options` say. PoolBusy when it is in use otherwise; what Pool raises."""
+    pool = Pool(path, writable=writable)
+    policy, pages = pool.wanted
+    in_use = policy_in_use(pool)
+    policy = options.policy or ("shared" if options.device is not None and policy == "dax" else in_use or policy)
+    if policy not in POLICIES:
+        pool.close()
+        raise invalid(f"policy {policy!r}: say {', '.join(POLICIES)}", path)
+    if in_use not in (None, policy):
+        pool.close()
+        raise PoolBusy(f"processes have the pool open with policy {in_use!r}, not {policy!r}; 'onecopy info' lists them", path=path)
+    if policy == "dax":
+        return pool
+    pool.close()
+    limit = options.limit or pages or None
+    if limit is not None and limit < MIN_FRAMES:
+        raise invalid(f"a cache of {limit} pages: it must have at least {MIN_FRAMES}", path)
+    return CachedPool(pool.path, writable=writable, policy=policy, limit=limit, name=options.name, device=options.device)

@@ -1,0 +1,127 @@
+/* See _cache.h for the contract. A touch of a frame that has no page: the SIGBUS handler's part. */
+#define _GNU_SOURCE
+#include "_cache.h"
+
+#include <errno.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+static __thread char *beyond; /* the last touch behind the end of a file: the second one is the program's */
+
+static size_t put_text(char *line, size_t at, const char *text)
+{
+    size_t size = strlen(text);
+    memcpy(line + at, text, size);
+    return at + size;
+}
+
+static size_t put_number(char *line, size_t at, uint64_t number)
+{
+    char digits[20];
+    int n = 0;
+    do
+        digits[n++] = (char)('0' + number % 10);
+    while (number /= 10);
+    while (n)
+        line[at++] = digits[--n];
+    return at;
+}
+
+static void complain(const struct region *r, uint64_t page, uint64_t block)
+{
+    char line[160];
+    const struct space *s = &r->engine->spaces[r->space];
+    size_t at = put_text(line, 0, "onecopy: the device could not read block ");
+    at = put_number(line, at, block);
+    at = put_text(line, at, ", page ");
+    at = put_number(line, at, page);
+    at = put_text(line, at, " of inode ");
+    at = put_number(line, at, s->subvolume);
+    line[at++] = ':';
+    at = put_number(line, at, s->inode);
+    at = put_text(line, at, "\n");
+    if (write(2, line, at) < 0) {
+        /* nowhere to complain to */
+    }
+}
+
+/*
+ * The pool's own mapping: whoever reads it looks at what it finds (S10), and asks for errors before it believes it. So a block that
+ * can't be read is shown as a page of zeros, for now, and remembered: see cache_error in _cache_type.c.
+ */
+static int absent_block(struct cache *c, uint64_t pfn)
+{
+    int failed = cache_need(c, c->base + pfn, pfn, 1, NULL);
+    if (failed) {
+        mmap(c->pool + pfn * PAGE, PAGE, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
+        __atomic_store_n(&c->failed_block, pfn, __ATOMIC_SEQ_CST);
+        __atomic_store_n(&c->failed, failed, __ATOMIC_SEQ_CST);
+    }
+    return 0;
+}
+
+/* How many blocks to read at once: more and more while a mapping is read in turn. Under the guard. */
+static uint64_t read_ahead(struct region *r, const uint64_t *entries, uint64_t page)
+{
+    const struct cache *c = r->engine->cache;
+    uint64_t frames = 1, word = entries[page], end = r->engine->spaces[r->space].pages;
+    r->ahead = page == r->read_end ? (r->ahead ? r->ahead * 2 : 4) : 1;
+    if (r->ahead > AHEAD)
+        r->ahead = AHEAD;
+    if (end > r->pages)
+        end = r->pages;
+    while (frames < r->ahead && page + frames < end) {
+        uint64_t next = __atomic_load_n(&entries[page + frames], __ATOMIC_ACQUIRE);
+        if ((next & PFN_MASK) != (word & PFN_MASK) + frames || next & BEYOND ||
+            cache_frame(c, r->space, page + frames, next) != cache_frame(c, r->space, page, word) + frames)
+            break;
+        frames++;
+    }
+    r->read_end = page + frames;
+    return frames;
+}
+
+int absent(char *address)
+{
+    fault_enter();
+    guard_lock();
+    struct cache *pool = cache_around(address);
+    struct region *r = pool ? NULL : region_at(address);
+    int failed = -1;
+    if (pool) {
+        guard_unlock();
+        failed = absent_block(pool, (uint64_t)(address - pool->pool) / PAGE);
+        fault_leave();
+        return failed;
+    }
+    struct engine *e = r ? r->engine : NULL;
+    const uint64_t *entries = e && e->cache && e->alive ? entries_of(e, r->space) : NULL;
+    uint64_t page = r ? (uint64_t)(address - r->address) / PAGE : 0;
+    if (entries && page >= e->spaces[r->space].pages)
+        entries = NULL;
+    uint64_t word = entries ? __atomic_load_n(&entries[page], __ATOMIC_ACQUIRE) : 0;
+    if (word & PFN_MASK && !(word & BEYOND)) {
+        struct cache *c = e->cache;
+        uint64_t i = cache_frame(c, r->space, page, word), ahead = read_ahead(r, entries, page);
+        int there = (__atomic_load_n(&c->words[i], __ATOMIC_SEQ_CST) & (F_RESIDENT | F_HOLDER)) == F_RESIDENT;
+        if (there)
+            failed = map_around(r, page); /* the page had moved, and what we show here is where it was */
+        else {
+            guard_unlock();
+            failed = cache_need(c, i, word & PFN_MASK, ahead, i == c->base + (word & PFN_MASK) ? NULL : entries + page);
+            guard_lock();
+        }
+        if (failed && (r = region_at(address)))
+            complain(r, page, word & PFN_MASK);
+    } else if (entries && (!(word & BEYOND) || beyond != address)) {
+        /* What we show is a page that the file has lost, and nobody has told us yet; its frame is gone already. Behind the end that
+         * is a SIGBUS, once it is mapped so: the next one. */
+        beyond = word & BEYOND ? address : NULL;
+        failed = map_around(r, page);
+    } else
+        beyond = NULL;
+    guard_unlock();
+    fault_leave();
+    return failed;
+}
