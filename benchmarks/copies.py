@@ -3,9 +3,9 @@
 Every process maps one clone and reads every byte of it; more and more of them hold what they have mapped. Counted are
 the frames of physical memory below all these mappings, one that several processes map counted once (/proc/self/pagemap;
 where that is hidden, Pss), and what holds the content, mapped or not: of a pool all that it and its run-time file
-occupy, of a buffer cache what it holds, of the kernel's file systems the clones' pages in the page cache (mincore). The
-unit is one copy of the file. What trees and a run-time file take, about a MiB, shows in the second figure because the
-file is small. Page tables are left out: each process has its own, whatever it maps.
+occupy; of a buffer cache what it holds, the origin's pages included; of the kernel's file systems the clones' pages in
+the page cache (mincore). The unit is one copy of the file. What trees and a run-time file take, about a MiB, shows in
+the second figure because the file is small. Page tables are left out: each process has its own, whatever it maps.
 
 Next to onecopy's policies stand the kernel's reflinks (FICLONE) on XFS and Btrfs, plain copies on tmpfs, and what costs
 least because it can't be changed apart: all processes map the same tmpfs file with numpy.memmap.
