@@ -79,7 +79,7 @@ def _of_way(name: str, size: int, counts: list[int]) -> tuple[Line, Line]:
     except harness.SkippedError as reason:
         gone = Line(name, none, skipped=str(reason))
         return gone, gone
-    with ways.side_by_side([name], room if name == COPIES or name not in KERNEL else 2 * size, size, room) as found:
+    with ways.side_by_side([name], 2 * size if name in KERNEL else room, size) as found:
         way = found[name]
         if way.missing:
             gone = Line(name, none, skipped=way.missing)

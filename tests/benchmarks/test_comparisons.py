@@ -134,7 +134,7 @@ def test_a_build_with_a_cache_is_asked_for_it(monkeypatch):
         ways.policies.cache_clear()
 
 
-@pytest.mark.parametrize("name", [ways.DAX, XFS, BTRFS, COPIES, MEMMAP])
+@pytest.mark.parametrize("name", ways.NAMES)
 def test_all_ways_do_the_same(name):
     with ways.side_by_side([name], 8 * MiB, MiB) as found:
         if found[name].missing:
