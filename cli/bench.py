@@ -53,7 +53,7 @@ def bench(
     (root, to mount XFS and Btrfs; memory; duperemove) is skipped, and said so. Pools and file systems are made in
     /dev/shm and removed afterwards. All of it takes about forty minutes.
     """
-    from onecopy.benchmarks import NAMES, comparison
+    from onecopy.benchmarks import COMPARISONS, NAMES, comparison
     from onecopy.benchmarks.harness import ended_by_sigterm
 
     if unknown := [name for name in names or () if name not in NAMES]:
@@ -70,7 +70,7 @@ def bench(
     with ended_by_sigterm():
         for name, module in modules.items():
             with show.progress(f"measure: {name}"):
-                compared = module.compare(quick) if hasattr(module, "compare") else None
+                compared = module.compare(quick) if name in COMPARISONS else None
                 found = compared.rows if compared else module.measure(quick)
             rows += [{"benchmark": name, **asdict(row)} for row in found]
             if compared:

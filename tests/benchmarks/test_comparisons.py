@@ -16,7 +16,7 @@ import pytest
 import onecopy
 from onecopy.benchmarks import COMPARISONS, comparison, document, growth, harness, limits, pictures, pressure, ways
 from onecopy.benchmarks.comparison import Comparison, Line, Panel
-from onecopy.benchmarks.files import BASE, BTRFS, COPIES, MEMMAP, XFS
+from onecopy.benchmarks.files import BASE, COPIES, MEMMAP, XFS
 from onecopy.benchmarks.harness import MiB, Reach
 
 ROOT = Path(__file__).parents[2]
