@@ -142,6 +142,12 @@ def exponent(cases: Sequence[float | str], values: Sequence[float | None]) -> fl
     return statistics.linear_regression([x for x, _ in points], [y for _, y in points]).slope
 
 
+def growth(cases: Sequence[float | str], values: Sequence[float | None]) -> str:
+    """Return how values grow with the cases, for a line's note; "" of too few."""
+    power = exponent(cases, values)
+    return "" if power is None else f"n^{round(power, 2) + 0:.2f}"  # adding 0 makes 0 of -0
+
+
 def aim(panel: Panel, case: float | str, way: str, peer: str | None, reach: Reach, missing: Mapping[str, str]) -> Row:
     """Judge a way's figure in one case of a panel: itself, or next to a peer's."""
     ours, theirs = panel.value(way, case), panel.value(peer, case) if peer else None

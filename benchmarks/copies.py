@@ -109,9 +109,8 @@ def _measured(way: Way, size: int, counts: list[int]) -> tuple[Line, Line]:
                 frames = memory.distinct_bytes(taken)
                 mapped.append((sum(one.pss + one.pss_rounding for one in taken) if frames is None else frames) / size)
                 held.append(files.held(names[:count]) / size)
-    grown = [comparison.exponent(counts, values) for values in (mapped, held)]
-    first, second = (f"n^{power:.2f}" if power is not None else "" for power in grown)
-    return Line(way.name, mapped, note=first), Line(way.name, held, note=second)
+    first, second = (Line(way.name, values, note=comparison.growth(counts, values)) for values in (mapped, held))
+    return first, second
 
 
 def hold(pipe: Pipe, way: Way, name: str, total: int) -> None:

@@ -53,14 +53,9 @@ def compare(
         for way in NAMES:
             of_part = {at: some[part] for at, some in samples[way].items()}
             line = comparison.line(way, list(steps), of_part, times(factor), gone[way])
-            lines.append(Line(line.way, line.values, line.low, line.high, _power(steps, line.values), line.skipped))
+            lines.append(Line(line.way, line.values, line.low, line.high, comparison.growth(steps, line.values), line.skipped))
         panels.append(Panel(title, unit, list(steps), lines, axis))
     return Comparison(name, question, _answer(panels), f"{setting}; {rounds} rounds", panels, quick=quick, machine=machine)
-
-
-def _power(steps: Sequence[float], values: Sequence[float | None]) -> str:
-    power = comparison.exponent(steps, values)
-    return "" if power is None else f"n^{power:.2f}"
 
 
 def _answer(panels: Sequence[Panel]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Iterator
 from dataclasses import asdict
 from importlib import import_module
@@ -62,8 +61,8 @@ def bench(
     if listing:
         _list(modules, as_json=as_json)
         return
-    if png and not draw.available():
-        raise OSError(errno.ENOPKG, "drawing needs matplotlib; install it with: pip install 'onecopy[plot]'")
+    if png:
+        draw.require()
     machine = comparison.machine()
     rows: list[dict[str, Any]] = []
     comparisons: list[dict[str, Any]] = []

@@ -60,6 +60,12 @@ def available() -> bool:
     return find_spec("matplotlib") is not None
 
 
+def require() -> None:
+    """Raise OSError (ENOPKG) unless pictures can be drawn here."""
+    if not available():
+        raise OSError(errno.ENOPKG, "drawing needs matplotlib; install it with: pip install 'onecopy[plot]'")
+
+
 def draw_panels(title: str, footnote: str, panels: Sequence[Panel], path: str) -> None:
     """Draw groups of horizontal bars one above the other into the PNG file `path`.
 
@@ -148,8 +154,7 @@ def _kind(run: onecopy.Extent) -> tuple[str, str]:
 
 def new_figure(width: float, height: float) -> Figure:
     """Make an empty picture, sized in inches; it needs no display."""
-    if not available():
-        raise OSError(errno.ENOPKG, "drawing needs matplotlib; install it with: pip install 'onecopy[plot]'")
+    require()
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), dpi=150, layout="constrained", facecolor="white")

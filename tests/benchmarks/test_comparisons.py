@@ -163,6 +163,8 @@ def test_growth():
     assert comparison.exponent([1, 4, 16], [2, None, 512]) == pytest.approx(2)
     assert comparison.exponent([1, 4], [None, 5]) is None
     assert comparison.exponent(["a", "b"], [1, 2]) is None
+    assert comparison.growth([1, 4, 16], [3, 3.0001, 2.9999]) == "n^0.00"
+    assert comparison.growth([1, 4], [None, 5]) == ""
     assert growth.together({"map": [1.0]}, {"map": [2.0]})["map"] == [1.0, 2.0]
 
 
