@@ -40,7 +40,7 @@ def measure(quick: bool) -> list[Row]:
 
 
 def compare(quick: bool) -> Comparison:
-    cache, rounds = (4 * MiB, 2) if quick else (64 * MiB, 7)
+    cache, rounds = (4 * MiB, 2) if quick else (32 * MiB, 5)
     size, machine = 2 * cache, comparison.machine()
     lines: dict[str, list[Line]] = {door: [] for door in DOORS}
     for name in NAMES:
