@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test test-slow check format lint types stress bench docs clean
+.PHONY: help demo test test-slow check format lint types stress bench figures docs clean
 help:            ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/: .*##/\t/' | expand -t 14
 
@@ -40,8 +40,14 @@ stress: $(STAMP)  ## processes that store, clone and are killed on the same file
 bench: $(STAMP)  ## every figure of the benchmarks, side by side
 	$(BIN)/onecopy bench
 
-docs: $(STAMP)   ## write FORMAT.md and CONCURRENCY.md anew from the tables in the code
+figures: $(STAMP) ## measure (NAMES="copies reads", or all) and write docs/benchmarks.md; wants a quiet machine
+	for name in $${NAMES:-$$($(BIN)/onecopy bench --list | cut -d' ' -f1)}; do echo "$$name"; \
+		$(BIN)/onecopy bench "$$name" --json > $(VENV)/figures.json || exit; \
+		$(BIN)/python -m onecopy.benchmarks.document $(VENV)/figures.json || exit; done
+
+docs: $(STAMP)   ## write FORMAT.md, CONCURRENCY.md and docs/benchmarks.md anew from tables and figures
 	$(BIN)/python -m onecopy.fs.document
+	$(BIN)/python -m onecopy.benchmarks.document
 
 clean:           ## forget the environment and what was built
 	rm -rf $(VENV) build dist src/*.egg-info daxemu/*.so

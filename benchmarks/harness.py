@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import onecopy
 
@@ -178,9 +178,9 @@ def require_memory(needed: int) -> None:
 
 
 @contextmanager
-def folder() -> Iterator[Path]:
-    """Make a directory in /dev/shm for as long as the context lasts."""
-    path = Path(SHM, f"onecopy_bench_{os.getpid()}_{secrets.token_hex(4)}")
+def folder(inside: str | Path = SHM) -> Iterator[Path]:
+    """Make a directory, in /dev/shm unless said otherwise, for as long as the context lasts."""
+    path = Path(inside, f"onecopy_bench_{os.getpid()}_{secrets.token_hex(4)}")
     path.mkdir(mode=0o700)
     try:
         yield path
@@ -190,27 +190,22 @@ def folder() -> Iterator[Path]:
 
 
 @contextmanager
-def new_pool(size: int) -> Iterator[str]:
-    """Format a pool of `size` bytes in /dev/shm; it is removed afterwards, so nobody may have it open then."""
-    with folder() as inside, _pool_in(inside, size) as path:
-        yield path
-
-
-@contextmanager
-def _pool_in(inside: Path, size: int) -> Iterator[str]:
-    path = str(inside / "bench.pool")
-    onecopy.format(path, size)
-    try:
-        yield path
-    finally:
-        with uninterrupted():
-            onecopy.remove(path)
+def new_pool(size: int, inside: str | Path = SHM, **options: Any) -> Iterator[str]:
+    """Format a pool of `size` bytes; it is removed afterwards, so nobody may have it open then."""
+    with folder(inside) as its_own:
+        path = str(its_own / "bench.pool")
+        onecopy.format(path, size, **options)
+        try:
+            yield path
+        finally:
+            with uninterrupted():
+                onecopy.remove(path)
 
 
 @contextmanager
 def open_pool(size: int, inside: Path | None = None) -> Iterator[onecopy.FileSystem]:
     """Format and open a pool of `size` bytes in /dev/shm, or `inside` a folder; it is closed and removed afterwards."""
-    with _pool_in(inside, size) if inside else new_pool(size) as path, onecopy.open(path) as fs:
+    with new_pool(size, inside or SHM) as path, onecopy.open(path) as fs:
         yield fs
 
 
@@ -237,7 +232,7 @@ def kernel_filesystem(kind: Literal["xfs", "btrfs"], size: int) -> Iterator[Kern
         finally:
             with uninterrupted():
                 if os.path.ismount(root):
-                    _unmount(root)
+                    unmount(root)
 
 
 @contextmanager
@@ -253,7 +248,7 @@ def huge_tmpfs(size: int) -> Iterator[Kernel]:
         finally:
             with uninterrupted():
                 if os.path.ismount(root):
-                    _unmount(root)
+                    unmount(root)
 
 
 def _mount_huge(size: int, root: Path) -> str:
@@ -288,7 +283,7 @@ def _mount(kind: str, size: int, image: Path, root: Path) -> str:
     return command(mkfs, "-q", *options, str(image)) or command(mount, "-o", "loop", str(image), str(root))
 
 
-def _unmount(root: Path) -> None:
+def unmount(root: Path) -> None:
     """Unmount, waiting a moment for whoever looks into it; at last let the kernel do it when they have left."""
     for _ in range(20):
         if not command("umount", str(root)):

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from onecopy.cli import show
+from onecopy.cli import draw, show
 from onecopy.cli.args import Json
 
 if TYPE_CHECKING:
@@ -39,15 +40,19 @@ def bench(
         bool, typer.Option("--quick", help="Less work and fewer runs: shows that all of it works, no more.")
     ] = False,
     listing: Annotated[bool, typer.Option("--list", help="Say which there are, and run none.")] = False,
+    png: Annotated[
+        Path | None,
+        typer.Option("--png", metavar="FOLDER", help="Draw the comparisons of many ways there (needs matplotlib)."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Measure onecopy against the kernel's own ways, side by side on this machine.
 
     Every figure is the median of several runs in both orders. What a comparison needs and this machine doesn't have
     (root, to mount XFS and Btrfs; memory; duperemove) is skipped, and said so. Pools and file systems are made in
-    /dev/shm and removed afterwards. All of it takes about twenty minutes.
+    /dev/shm and removed afterwards. All of it takes about forty minutes.
     """
-    from onecopy.benchmarks import NAMES
+    from onecopy.benchmarks import COMPARISONS, NAMES, comparison
     from onecopy.benchmarks.harness import ended_by_sigterm
 
     if unknown := [name for name in names or () if name not in NAMES]:
@@ -56,16 +61,30 @@ def bench(
     if listing:
         _list(modules, as_json=as_json)
         return
+    if png:
+        draw.require()
+    machine = comparison.machine()
     rows: list[dict[str, Any]] = []
+    comparisons: list[dict[str, Any]] = []
     with ended_by_sigterm():
         for name, module in modules.items():
             with show.progress(f"measure: {name}"):
-                found = module.measure(quick)
+                compared = module.compare(quick) if name in COMPARISONS else None
+                found = compared.rows if compared else module.measure(quick)
             rows += [{"benchmark": name, **asdict(row)} for row in found]
-            if not as_json:
+            if compared:
+                comparisons.append(asdict(compared))
+            if compared and png:
+                from onecopy.benchmarks import pictures
+
+                pictures.draw(compared, png)
+            if compared and not as_json:
+                comparison.show(compared)
+                print()
+            elif not as_json:
                 _print(name, module, found)
     if as_json:
-        show.json_object(verb="bench", quick=quick, rows=rows)
+        show.json_object(verb="bench", quick=quick, machine=machine, rows=rows, comparisons=comparisons)
 
 
 def _list(modules: dict[str, ModuleType], *, as_json: bool) -> None:

@@ -60,13 +60,19 @@ def available() -> bool:
     return find_spec("matplotlib") is not None
 
 
+def require() -> None:
+    """Raise OSError (ENOPKG) unless pictures can be drawn here."""
+    if not available():
+        raise OSError(errno.ENOPKG, "drawing needs matplotlib; install it with: pip install 'onecopy[plot]'")
+
+
 def draw_panels(title: str, footnote: str, panels: Sequence[Panel], path: str) -> None:
     """Draw groups of horizontal bars one above the other into the PNG file `path`.
 
     Raises OSError: ENOPKG without matplotlib, and what writing the file raises.
     """
     rows = sum(len(panel.bars) for panel in panels)
-    figure = _figure(10, 1.1 + 0.9 * len(panels) + 0.42 * rows)
+    figure = new_figure(10, 1.1 + 0.9 * len(panels) + 0.42 * rows)
     figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold", color=INK)
     axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=[len(panel.bars) + 1 for panel in panels])
     for panel, axis in zip(panels, axes[:, 0], strict=True):
@@ -108,7 +114,7 @@ def draw_extents(extents: Sequence[onecopy.Extent], title: str, path: str) -> No
     A run is a rising line, coloured by how many files share it; a hole has no place in the pool and is a band.
     Raises OSError: ENOPKG without matplotlib, and what writing the file raises.
     """
-    figure = _figure(10, 6)
+    figure = new_figure(10, 6)
     from matplotlib.collections import LineCollection
     from matplotlib.lines import Line2D
 
@@ -146,10 +152,9 @@ def _kind(run: onecopy.Extent) -> tuple[str, str]:
     return SHARERS[max(step for step in SHARERS if step <= max(run.sharers, 1))]
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
     """Make an empty picture, sized in inches; it needs no display."""
-    if not available():
-        raise OSError(errno.ENOPKG, "drawing needs matplotlib; install it with: pip install 'onecopy[plot]'")
+    require()
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), dpi=150, layout="constrained", facecolor="white")
