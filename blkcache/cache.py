@@ -42,14 +42,12 @@ _CHUNK = 1 << 20
 
 CONTROL = Record(
     "cache header",
-    4608,
+    8760,
     "At the start of a cache's control file. From 1 MiB on: a word for each frame, its owner, each inode's copies.",
     [
         ("magic", "u64", "", "the bytes 'onecopyC'"),
         ("layout", "u64", "", str(LAYOUT)),
         ("limit", "u64", "frames", "that may be in memory"),
-        ("resident", "u64", "frames", "that are, or are about to be"),
-        ("kept", "u64", "frames", "tree nodes that stay until they are written back"),
         ("hand", "u64", "frames", "where the sweep for victims is"),
         ("inserted", "u64", "frames", "that have come in, ever"),
         ("evicted", "u64", "frames", "that had to go"),
@@ -59,11 +57,14 @@ CONTROL = Record(
         ("errors", "u64", "", "requests that a device refused"),
         ("over", "u64", "", "times that nothing could be evicted, and the limit was passed"),
         ("mains", "u64", "frames", "of the resident ones: used again, or evicted too early"),
+        ("users", "u64", "", "one more than the highest user number ever"),
         ("unused", "bytes[16]", "", ""),
         ("identities", f"bytes[{DEVICES * 32}]", "", f"{DEVICES} devices: the pool's uuid, st_dev, st_ino"),
         ("frames", f"bytes[{DEVICES * 8}]", "frames", "of each device; 0: none"),
+        ("kept", f"bytes[{DEVICES * 8}]", "frames", "of each: tree nodes that stay until they are written back"),
         ("copies", f"bytes[{DEVICES * 8}]", "frames", "of each that inodes' copies have been given, ever"),
         ("incarnations", f"bytes[{USERS * 8}]", "", "counts the holders of each user number: a word that is held names both"),
+        ("promised", f"bytes[{USERS * 8}]", "frames", "that each user may be about to give pages"),
     ],
 )
 
@@ -204,7 +205,7 @@ class CachedPool(Pool):
 
     def _fill(self, control: int) -> None:
         frames = self._limit or DEFAULT_CACHE
-        values = [MAGIC, LAYOUT, frames, *[0] * 11, b"", b"", b"", b"", b""]
+        values = [MAGIC, LAYOUT, frames, *[0] * 10, b"", b"", b"", b"", b"", b"", b""]
         for fd, size in ((control, _SIZE),):
             os.fchmod(fd, (self.status.st_mode & 0o666) | 0o600)
             os.ftruncate(fd, size)
@@ -297,8 +298,12 @@ class CachedPool(Pool):
 
     def info(self) -> CacheInfo:
         """Return the cache's figures."""
-        names = ("limit", "resident", "kept", "fills", "hits", "evicted", "written", "errors", "over")
-        return CacheInfo(f"{self.cache_path}.frames", *(self.counters[CONTROL.word(name)] for name in names))
+        names = ("fills", "hits", "evicted", "written", "errors", "over")
+        resident = os.fstat(self._frames).st_blocks // (PAGE // 512)
+        first = CONTROL.word("kept")
+        kept = sum(self.counters[first : first + DEVICES])
+        counts = (self.counters[CONTROL.word(name)] for name in names)
+        return CacheInfo(f"{self.cache_path}.frames", self.counters[CONTROL.word("limit")], resident, kept, *counts)
 
     def give_copies(self, space: int, pages: int) -> None:
         """Policy per-inode: give an address space frames for copies of what it shares, `pages` of them. NoSpace.

@@ -25,6 +25,9 @@ int cache_join(int control_fd, struct cache_header *header, uint32_t *holder)
         struct flock range = {.l_type = F_WRLCK, .l_whence = SEEK_SET, .l_start = LOCK_BASE + user, .l_len = 1};
         if (fcntl(control_fd, F_OFD_SETLK, &range))
             continue;
+        __atomic_store_n(&header->promised[user], 0, __ATOMIC_SEQ_CST);
+        for (uint64_t users = header->users; users <= user;)
+            __atomic_compare_exchange_n(&header->users, &users, user + 1, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
         uint64_t incarnation = __atomic_add_fetch(&header->incarnations[user], 1, __ATOMIC_SEQ_CST);
         *holder = (user + 1) | (uint32_t)(incarnation & 0x7ffff) << 12;
         return 0;
@@ -32,9 +35,14 @@ int cache_join(int control_fd, struct cache_header *header, uint32_t *holder)
     return ENFILE;
 }
 
+static uint32_t user_of(uint32_t holder)
+{
+    return (holder & 0xfff) - 1;
+}
+
 static int is_dead(const struct cache *c, uint32_t holder)
 {
-    uint32_t user = (holder & 0xfff) - 1;
+    uint32_t user = user_of(holder);
     if (holder == c->holder)
         return 0;
     if (user >= USERS || (__atomic_load_n(&c->header->incarnations[user], __ATOMIC_SEQ_CST) & 0x7ffff) != holder >> 12)
@@ -72,14 +80,6 @@ void frames_punch(const struct cache *c, uint64_t i, uint64_t frames)
         ;
 }
 
-/* What the dead had promised themselves is nobody's: count what there is. */
-static void recount(const struct cache *c)
-{
-    struct stat found;
-    if (!fstat(c->frames_fd, &found))
-        __atomic_store_n(&c->header->resident, (uint64_t)found.st_blocks / (PAGE / 512), __ATOMIC_SEQ_CST);
-}
-
 /* Hold the word of frame `i`; *flags is what it says. Without `wait`, 0 when somebody has it. */
 int frame_hold(const struct cache *c, uint64_t i, int wait, uint64_t *flags)
 {
@@ -103,7 +103,7 @@ int frame_hold(const struct cache *c, uint64_t i, int wait, uint64_t *flags)
                 continue;
             if (!(seen & F_RESIDENT))
                 frames_punch(c, i, 1); /* half filled, or about to be punched by who had it */
-            recount(c);
+            __atomic_store_n(&c->header->promised[user_of(holder)], 0, __ATOMIC_SEQ_CST);
             return 1;
         }
         uint64_t waited = seen | F_WAITED;
@@ -138,20 +138,31 @@ int frame_is_block(const struct cache *c, uint64_t i)
     return i >= c->base && i - c->base < c->frames;
 }
 
+/* By how many frames the limit is passed, with all that is promised. */
+uint64_t frames_over(const struct cache *c)
+{
+    struct stat found;
+    uint64_t count = fstat(c->frames_fd, &found) ? 0 : (uint64_t)found.st_blocks / (PAGE / 512);
+    for (uint64_t user = 0; user < c->header->users && user < USERS; user++)
+        count += __atomic_load_n(&c->header->promised[user], __ATOMIC_RELAXED);
+    return count > c->header->limit ? count - c->header->limit : 0;
+}
+
 /* Promise frames to who is about to fill them; where there are too many, others go first. */
 void frames_promise(struct cache *c, uint64_t frames)
 {
-    uint64_t have = __atomic_add_fetch(&c->header->resident, frames, __ATOMIC_SEQ_CST);
-    if (have <= c->header->limit)
+    __atomic_fetch_add(&c->header->promised[user_of(c->holder)], frames, __ATOMIC_SEQ_CST);
+    uint64_t over = frames_over(c);
+    if (!over)
         return;
-    frames_evict(c, have - c->header->limit);
-    if (__atomic_load_n(&c->header->resident, __ATOMIC_SEQ_CST) > c->header->limit)
+    frames_evict(c, over);
+    if (frames_over(c))
         __atomic_fetch_add(&c->header->over, 1, __ATOMIC_RELAXED);
 }
 
 void frames_unpromise(const struct cache *c, uint64_t frames)
 {
-    __atomic_fetch_sub(&c->header->resident, frames, __ATOMIC_SEQ_CST);
+    __atomic_fetch_sub(&c->header->promised[user_of(c->holder)], frames, __ATOMIC_SEQ_CST);
 }
 
 /* ------------------------------------------------------------- filling */
@@ -275,6 +286,7 @@ int cache_need(struct cache *c, uint64_t i, uint64_t pfn, uint64_t ahead, const 
     __atomic_fetch_add(&c->header->fills, frames, __ATOMIC_RELAXED);
     for (uint64_t n = 0; n < frames; n++)
         frame_release(c, i + n, frame_came_in(c, before[n]));
+    frames_unpromise(c, frames);
     return 0;
 }
 

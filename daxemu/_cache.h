@@ -44,16 +44,17 @@
 struct cache_header { /* at the start of the control file; blkcache/cache.py declares it, too, and a test compares */
     uint64_t magic, layout;
     uint64_t limit;    /* frames */
-    uint64_t resident; /* frames that have a page, or are promised one */
-    uint64_t kept;
     uint64_t hand;     /* of the sweep: counts frames */
     uint64_t inserted, evicted, fills, hits, written, errors, over;
     uint64_t mains;    /* of the resident: used again; see _evict.c */
+    uint64_t users;    /* one more than the highest user number ever */
     uint64_t unused[2];
     uint64_t identities[DEVICES * 4]; /* of the pools: uuid, st_dev, st_ino */
     uint64_t frames[DEVICES]; /* of each device; 0: none */
+    uint64_t kept[DEVICES];   /* frames of each that stay until they are written back */
     uint64_t copies[DEVICES]; /* frames of each that inodes' copies have been given, ever */
     uint64_t incarnations[USERS];
+    uint64_t promised[USERS]; /* frames that each user may be about to give pages */
 };
 #define WORDS_AT (1ull << 20)                        /* bytes into the control file */
 #define OWNERS_AT (WORDS_AT + DEVICES * SPAN * 8)    /* per frame of a device: who may store there, space << 32 | page */
@@ -63,7 +64,7 @@ struct cache {
     struct cache *next;
     struct cache_header *header;
     uint64_t *words;   /* of all devices */
-    uint64_t *owners, *windows; /* of ours */
+    uint64_t *owners, *windows, *kept; /* of ours */
     char *pool;        /* our device's frames, mapped, registered */
     struct device device;
     struct engine *engine; /* who tells others; NULL while the cache is used by no engine */
@@ -90,8 +91,10 @@ void frames_punch(const struct cache *c, uint64_t i, uint64_t frames);
 int frames_write(struct cache *c, uint64_t i, uint64_t frames);     /* held, of our device */
 void frames_evict(struct cache *c, uint64_t want);                  /* as many as can be; _evict.c */
 
-/* Filling, in _cache.c. A promise is made before frames get pages; where there are too many, others go first. */
+/* Filling, in _cache.c. How many frames have a page is what the frame file takes up: nothing that the dead can leave wrong. To it come
+ * promises: each is made before frames get pages, and lasts until they are released. Where there are too many, others go first. */
 void frames_promise(struct cache *c, uint64_t frames);
+uint64_t frames_over(const struct cache *c);
 void frames_unpromise(const struct cache *c, uint64_t frames);
 int frames_fill(struct cache *c, uint64_t i, uint64_t pfn, uint64_t frames); /* held, absent */
 int frames_put(const struct cache *c, uint64_t i, uint64_t frames, const char *from);

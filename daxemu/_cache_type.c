@@ -94,6 +94,7 @@ static PyObject *cache_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     c->pool = self->pool.buf;
     c->frames = (uint64_t)self->pool.len / PAGE;
     c->header = map_control(control_fd, 0, WORDS_AT);
+    c->kept = c->header ? &c->header->kept[number] : NULL;
     c->words = map_control(control_fd, WORDS_AT, DEVICES * SPAN * 8);
     c->owners = map_control(control_fd, OWNERS_AT + number * COPIES * 8, COPIES * 8);
     c->windows = per_inode ? map_control(control_fd, WINDOWS_AT + number * (SPACES * 16ull), SPACES * 16) : NULL;
@@ -249,10 +250,9 @@ static PyObject *cache_shrink(PyObject *object, PyObject *unused)
     struct cache *c = cache_of(object);
     if (!c)
         return NULL;
-    QUIETLY(for (uint64_t have; (have = c->header->resident) > c->header->limit;) {
-        frames_evict(c, have - c->header->limit);
-        if (c->header->resident >= have)
-            break;
+    QUIETLY(for (uint64_t over = frames_over(c), before = UINT64_MAX; over && over < before; over = frames_over(c)) {
+        frames_evict(c, over);
+        before = over;
     });
     Py_RETURN_NONE;
 }

@@ -8,12 +8,15 @@
 
 static const char zeros[PAGE];
 
-/* Hold block `pfn`'s frame with a page in it: what it holds, or, where all of it is about to be stored to, anything. */
-static int hold_filled(struct cache *c, uint64_t pfn, int whole, uint64_t *flags)
+/* Hold block `pfn`'s frame, with what it holds in its page; or, where all of it is about to be stored to, without one. 0 or errno; then
+ * it is not held. A promise is made for it, which `store_done` takes back. */
+static int hold_filled(struct cache *c, uint64_t pfn, int whole, uint64_t *flags, int *promised)
 {
     uint64_t i = c->base + pfn;
     frame_hold(c, i, 1, flags);
-    if (*flags & F_RESIDENT)
+    int there = (*flags & F_RESIDENT) != 0;
+    *promised = !there;
+    if (there)
         return 0;
     frames_promise(c, 1);
     int failed = whole ? 0 : frames_fill(c, i, pfn, 1);
@@ -31,34 +34,44 @@ static int hold_filled(struct cache *c, uint64_t pfn, int whole, uint64_t *flags
     return 0;
 }
 
+/* Give it back. A store that failed before the frame had a page leaves it absent. */
+static void store_done(struct cache *c, uint64_t pfn, uint64_t flags, int failed, int promised)
+{
+    uint64_t i = c->base + pfn;
+    if (failed && !(__atomic_load_n(&c->words[i], __ATOMIC_SEQ_CST) & F_RESIDENT)) {
+        frames_punch(c, i, 1);
+        frame_left(c, flags);
+        flags = 0;
+    }
+    frame_release(c, i, flags);
+    if (promised)
+        frames_unpromise(c, 1);
+}
+
 int cache_store(struct cache *c, uint64_t offset, const char *from, uint64_t size)
 {
-    while (size) {
+    int failed = 0;
+    while (size && !failed) {
         uint64_t pfn = offset / PAGE, start = offset % PAGE, part = PAGE - start < size ? PAGE - start : size, flags;
-        int failed = hold_filled(c, pfn, part == PAGE, &flags);
+        int promised;
+        failed = hold_filled(c, pfn, part == PAGE, &flags, &promised);
         if (failed)
-            return failed;
+            break;
+        if (__atomic_load_n(&c->words[c->base + pfn], __ATOMIC_SEQ_CST) & F_RESIDENT)
+            frame_note(c, c->base + pfn, flags | F_DIRTY); /* should we die now, what has been seen of this stays */
         for (uint64_t done = 0; done < part && !failed;) {
             ssize_t got = pwrite(c->frames_fd, from + done, part - done, (off_t)((c->base + pfn) * PAGE + start + done));
             if (got < 0 && errno != EINTR)
                 failed = errno;
             done += got > 0 ? (uint64_t)got : 0;
         }
-        if (failed && !(__atomic_load_n(&c->words[c->base + pfn], __ATOMIC_SEQ_CST) & F_RESIDENT)) {
-            frames_punch(c, c->base + pfn, 1);
-            frames_unpromise(c, 1);
-            frame_release(c, c->base + pfn, 0);
-            return failed;
-        }
         STEP(AT_FRAME_STORED);
-        frame_release(c, c->base + pfn, flags | F_DIRTY);
-        if (failed)
-            return failed;
+        store_done(c, pfn, flags | F_DIRTY, failed, promised);
         offset += part;
         from += part;
         size -= part;
     }
-    return 0;
+    return failed;
 }
 
 int cache_copy(struct cache *c, uint64_t from, uint64_t to)
@@ -90,34 +103,34 @@ int cache_clear(struct cache *c, uint64_t pfn, uint64_t first, uint64_t end)
 
 int cache_ready(struct cache *c, uint64_t pfn, uint64_t pages)
 {
-    if (__atomic_load_n(&c->header->kept, __ATOMIC_RELAXED) + pages > c->header->limit / 2)
+    uint64_t kept = pages;
+    for (uint32_t d = 0; d < DEVICES; d++)
+        kept += __atomic_load_n(&c->header->kept[d], __ATOMIC_RELAXED);
+    if (kept > c->header->limit / 2)
         return ENOSPC; /* the caller writes back what is kept, and tries again */
-    for (uint64_t end = pfn + pages; pfn < end; pfn++) {
+    int failed = 0;
+    for (uint64_t end = pfn + pages; pfn < end && !failed; pfn++) {
         uint64_t flags, i = c->base + pfn;
-        hold_filled(c, pfn, 1, &flags);
-        int failed = __atomic_load_n(&c->words[i], __ATOMIC_SEQ_CST) & F_RESIDENT ? 0 : frames_put(c, i, 1, zeros);
-        if (failed) {
-            frames_punch(c, i, 1);
-            frames_unpromise(c, 1);
-            frame_release(c, i, 0);
-            return failed;
-        }
-        if (!(flags & F_KEPT))
-            __atomic_fetch_add(&c->header->kept, 1, __ATOMIC_RELAXED);
-        frame_release(c, i, flags | F_DIRTY | F_KEPT);
+        int promised;
+        hold_filled(c, pfn, 1, &flags, &promised);
+        if (promised)
+            failed = frames_put(c, i, 1, zeros);
+        if (!failed && !(flags & F_KEPT))
+            __atomic_fetch_add(c->kept, 1, __ATOMIC_RELAXED);
+        store_done(c, pfn, failed ? flags : flags | F_DIRTY | F_KEPT, failed, promised);
     }
-    return 0;
+    return failed;
 }
 
 int cache_own(struct cache *c, uint32_t space, uint64_t page, uint64_t pfn, uint64_t pages)
 {
     for (uint64_t n = 0; n < pages; n++) {
         uint64_t flags;
-        int failed = hold_filled(c, pfn + n, 0, &flags);
+        int promised, failed = hold_filled(c, pfn + n, 0, &flags, &promised);
         if (failed)
             return failed;
         __atomic_store_n(&c->owners[pfn + n], (uint64_t)space << 32 | (page + n), __ATOMIC_SEQ_CST);
-        frame_release(c, c->base + pfn + n, flags | F_WRITABLE | F_DIRTY);
+        store_done(c, pfn + n, flags | F_WRITABLE | F_DIRTY, 0, promised);
     }
     return 0;
 }
@@ -155,7 +168,7 @@ int cache_write_back(struct cache *c, uint64_t pfn, uint64_t pages)
             uint64_t keep = flags[n];
             if (!failed) {
                 if (keep & F_KEPT)
-                    __atomic_fetch_sub(&c->header->kept, 1, __ATOMIC_RELAXED);
+                    __atomic_fetch_sub(c->kept, 1, __ATOMIC_RELAXED);
                 keep &= ~(keep & F_WRITABLE ? F_KEPT : F_KEPT | F_DIRTY);
             }
             frame_release(c, c->base + pfn + n, keep);
@@ -164,6 +177,8 @@ int cache_write_back(struct cache *c, uint64_t pfn, uint64_t pages)
             return failed;
         pfn += frames;
     }
+    if (pages == c->frames) /* who does that holds the transaction lock: nobody makes nodes, and who died over one has counted wrong */
+        __atomic_store_n(c->kept, 0, __ATOMIC_RELAXED);
     return 0;
 }
 
@@ -182,7 +197,6 @@ void cache_trim(struct cache *c)
         if (flags & F_RESIDENT && !(flags & (F_DIRTY | F_KEPT))) {
             frame_note(c, i, 0);
             frames_punch(c, i, 1);
-            frames_unpromise(c, 1);
             frame_left(c, flags);
             flags = 0;
         }
@@ -207,9 +221,7 @@ void cache_drop(struct cache *c, uint64_t i, uint64_t pages)
         }
         while (i + run < end && run < AHEAD && frame_hold(c, i + run, !run, &flags)) {
             if (flags & F_KEPT)
-                __atomic_fetch_sub(&c->header->kept, 1, __ATOMIC_RELAXED);
-            if (flags & F_RESIDENT)
-                frames_unpromise(c, 1);
+                __atomic_fetch_sub(c->kept, 1, __ATOMIC_RELAXED);
             frame_left(c, flags);
             frame_note(c, i + run, 0);
             run++;

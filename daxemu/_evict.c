@@ -45,7 +45,7 @@ static int is_victim(const struct cache *c, uint64_t *flags, int late)
         return 0;
     if (*flags & F_MAIN) {
         const struct cache_header *h = c->header;
-        if (!late && h->resident - h->mains >= h->limit / SHARE)
+        if (!late && h->limit - h->mains >= h->limit / SHARE && h->limit > h->mains)
             return 0;
         if (!(*flags & F_FREQ))
             return 1;
@@ -153,7 +153,6 @@ static uint32_t let_go(struct cache *c, const uint64_t *victims, uint64_t *flags
         STEP(AT_WRITTEN_BACK);
         frames_punch(c, victims[n], run);
         STEP(AT_PUNCHED);
-        __atomic_fetch_sub(&c->header->resident, run, __ATOMIC_SEQ_CST);
         __atomic_fetch_add(&c->header->evicted, run, __ATOMIC_RELAXED);
         for (uint32_t k = n; k < n + run; k++) {
             frame_left(c, flags[k]);
