@@ -156,6 +156,11 @@ class CachedPool(Pool):
                     raise RuntimeLost(f"{base}.frames is damaged", path=self.path)
             finally:
                 fcntl.flock(control, fcntl.LOCK_UN)
+            if os.fstat(frames).st_blksize > PAGE:  # a page that is stored to would bring others along, as zeros
+                raise OneCopyError(
+                    f"{FOLDER} is mounted with huge pages, where a page can't be absent alone; a cache needs huge=never there",
+                    path=self.path, code=errno.EOPNOTSUPP,
+                )  # fmt: skip
             self.memory = mmap.mmap(frames, self.frames * PAGE, mmap.MAP_SHARED, offset=number * SPAN * PAGE)
             self.header = mmap.mmap(control, _WORDS)
             try:

@@ -115,6 +115,21 @@ class Mapping(Region):
             self._check_end(high - 1)
             self._owner.make_writable(self, low // PAGE, pages_of(high))
 
+    def fetch(self, low: int = 0, high: int | None = None) -> None:
+        """Touch every page of bytes [low, high), so that what is not in memory is read: on a pool with a cache.
+
+        A system call that reads a page which is not there (`write`, `send`) fails with EFAULT, for the reason that is given at
+        `make_writable`. After this it works, as long as the cache has room for the range. OneCopyError (ENXIO) where the file
+        has been cut off.
+        """
+        high = len(self) if high is None else high
+        if not 0 <= low <= high <= len(self):
+            raise OneCopyError(f"bytes {low} to {high} of a mapping of {len(self)}", path=self.path, code=errno.EINVAL)
+        if low < high:
+            self._check_end(high - 1)
+            with memoryview(self) as view:
+                np.frombuffer(view, np.uint8)[low // PAGE * PAGE : high : PAGE].max()
+
     def sync(self) -> None:
         """Make what was stored survive a power cut, as `FileSystem.sync` does."""
         if self._owner is not None:
