@@ -335,6 +335,9 @@ class CachedPool(Pool):
             if first:
                 self.cache.set_window(space, 0, 0)
                 self.cache.drop_copies(first, pages)
+                word = CONTROL.word("copies") + self.number
+                if first + pages == self.number * SPAN + COPIES + self.counters[word]:
+                    self.counters[word] -= pages  # the last ones that were given: others may have them
 
     def rest(self) -> None:
         """The last user is about to close the pool: its frames go, but those that could not be written back."""
