@@ -43,7 +43,9 @@ static void *work(void *argument)
         uint64_t least = __atomic_load_n(&control->done[other][page], __ATOMIC_SEQ_CST);
         /* Thread 0 alone reads through the last one, which it takes away at times. */
         uint64_t seen = word_in(word_of(&regions[number(thread ? THREADS : THREADS + 1)], page, other));
+        uint64_t most = __atomic_load_n(&control->begun[other][page], __ATOMIC_SEQ_CST);
         CHECK("S3: a mapping shows less than has been stored", seen >= least, other, seen, least);
+        CHECK("S5: a mapping shows what nobody has stored there", seen <= most, other, seen, most);
     }
     return NULL;
 }
@@ -137,7 +139,7 @@ static void worker(uint64_t seed)
         _exit(0);
     become((uint32_t)slot);
     CHECK("service_start", !service_start(&engine), 0, 0, 0);
-    CHECK("handler_install", !handler_install(), 0, 0, 0);
+    CHECK("handler_install", !handler_install(SIGSEGV), 0, 0, 0);
     begin();
     map_for(engine.slot, 1);
     map_all();
