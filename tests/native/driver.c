@@ -1,12 +1,14 @@
 /*
  * The native half without Python, for sanitizers: processes that store into one file through mappings, clone it, move its pages, fork,
- * and die at steps, for a while; then everything is checked. Usage: driver SECONDS SEED [k] [f] [r]
+ * and die at steps, for a while; then everything is checked. Usage: driver SECONDS SEED [k] [f] [r], or driver force WHAT
  * k: they die; f: they fork; r: slots of the dead are used again (else the run ends when there are no more)
  *
  * Every thread has a word of its own in each page and counts up in it. `begun` and `done` say, for all to see, which count it is
  * about to store and which store has returned: any mapping must show at least `done`, and at the end at most `begun`.
  */
 #include "stand_in.h"
+
+#include "forced.h"
 
 /* ----------------------------------------------------------- workers */
 
@@ -146,6 +148,8 @@ static void check_end(void)
 
 int main(int argc, char **argv)
 {
+    if (argc > 2 && !strcmp(argv[1], "force"))
+        return force(argv[2]);
     int seconds = argc > 1 ? atoi(argv[1]) : 2, failed = 0, status;
     uint64_t seed = argc > 2 ? strtoull(argv[2], NULL, 10) : 1;
     for (int i = 3; i < argc; i++)

@@ -1,10 +1,6 @@
 /*
- * Orders of events that are rare in driver.c, forced. Usage: forced SCENARIO
- *
- * A process whose service thread is stopped is one that is slow to answer: to store is to wait for it.
+ * For driver.c: orders of events that are rare, forced. A process whose service thread is stopped is one that is slow to answer: to store is to wait for it.
  */
-#include "stand_in.h"
-
 #include <sys/prctl.h>
 
 static void until(const char *what, int (*is_so)(void))
@@ -186,30 +182,28 @@ static void sweeper(void)
     CHECK("the old frame is still taken", !(base->table[old_frame] & (uint8_t)~BACKED), old_frame, base->table[old_frame], 0);
 }
 
-int main(int argc, char **argv)
+/* 0, 1: failed, or 2: no such order of events. */
+static int force(const char *what)
 {
-    const char *what = argc > 1 ? argv[1] : "";
     pid_t pids[3] = {0};
     set_up();
     if (!strcmp(what, "fork")) {
         pids[0] = run(parent);
         pids[1] = run(other);
     } else if (!strcmp(what, "sweep") || !strcmp(what, "sweep-heir")) {
-        awaited = 0;
         pids[0] = run(slow);
         while (!__atomic_load_n(&control->turn, __ATOMIC_SEQ_CST)) /* it has slot 0 */
             usleep(1000);
-        pid_t pid = run(storer);
+        pids[1] = run(storer);
         if (strcmp(what, "sweep")) {
-            to_die = pid;
+            to_die = pids[1];
             pids[1] = run(heir);
-        } else
-            pids[1] = pid;
+        }
         pids[2] = run(sweeper);
     } else
-        return fprintf(stderr, "usage: forced fork|sweep|sweep-heir\n"), 2;
+        return 2;
     int failed = 0;
     for (int i = 0; i < 3; i++)
         failed |= pids[i] ? end_of(pids[i]) : 0;
-    return failed || control->failed ? 1 : 0;
+    return failed || control->failed;
 }
