@@ -240,6 +240,7 @@ class Spaces:
         words = self._all(index)
         pfns = (words & np.uint64(PFN_MASK)).astype(np.int64)[(words & np.uint64(BEYOND)) == 0]
         self.frames.array[pfns[pfns != 0]] |= np.uint8(PINNED)
+        self.engine.await_faults(index)  # those that they had ceased to name may go then
 
     def is_mapped(self, index: int) -> bool:
         """Return whether any slot maps the space."""
@@ -297,17 +298,33 @@ class Spaces:
             pfns = self._all(index) & np.uint64(PFN_MASK)
             pfns = pfns[(pfns >= low) & (pfns < high)] - np.uint64(low)
             stale[pfns.astype(np.int64)] = False
+        for index in self.with_entries(ORPHAN) if stale.any() else ():
+            self.engine.await_faults(index)
         piece[stale] &= np.uint8(0xFF ^ PINNED)
         self.limbo.settle(low, high)
 
-    def strays(self) -> list[tuple[int, int]]:
+    def strays(self) -> list[tuple[int, int]] | None:
         """Return the runs of frames that faults have taken and nothing names: of the dead, or of pages frozen and stored to.
 
-        Argument: a fault's record says that it claims before it does, and so until its entries name the frames. We look at the
-        frames first, then at the records, then at the entries: a frame that we see was taken by a fault whose record we
-        see, or whose entries.
+        None: it can't be said now. Argument: a fault's record says that it claims before it does, and so until its entries name
+        the frames. We look at the frames first, then at the records, then at the entries: a frame that we see was taken by a
+        fault whose record we see, or whose entries. At last we wait for the faults that took a name away and may not have told
+        everybody yet.
         """
         held = self.frames.held()
+        named = self._claimed()
+        if named is None:
+            return None
+        for index in self.with_entries():
+            entries = self._all(index)
+            named.append((entries[(entries & np.uint64(STORED)) != 0] & np.uint64(PFN_MASK)).astype(np.int64))
+        found = np.setdiff1d(held, np.concatenate(named))
+        for index in self.with_entries() if len(found) else ():
+            self.engine.await_faults(index)
+        return runs_of(found)
+
+    def _claimed(self) -> list[npt.NDArray[np.int64]] | None:
+        """Return the frames that the records of faults vouch for; None while one claims."""
         words, layout = self.runtime.words, self.runtime.layout
         named = [np.zeros(0, np.int64)]
         for slot in slots.taken(self.runtime):
@@ -315,14 +332,11 @@ class Spaces:
                 at = (layout.messages + (slot * MESSAGES + n) * MESSAGE.size) // 8
                 count = self.runtime.atomic.load(at + MESSAGE.word("count"))
                 if count == _CLAIMING:
-                    return []  # another time
+                    return None
                 if count:
                     first = words[at + MESSAGE.word("claimed")]
                     named.append(np.arange(first, first + count, dtype=np.int64))
-        for index in self.with_entries():
-            entries = self._all(index)
-            named.append((entries[(entries & np.uint64(STORED)) != 0] & np.uint64(PFN_MASK)).astype(np.int64))
-        return runs_of(np.setdiff1d(held, np.concatenate(named)))
+        return named
 
     # -------------------------------------------------------------- slots
 

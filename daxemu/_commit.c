@@ -116,6 +116,28 @@ void block_unlock(struct engine *e, uint32_t space, uint64_t block)
         futex_wake((uint32_t *)word);
 }
 
+/*
+ * A fault enters its new frames and tells others then; until it has, they show the old ones, which no entry names. It holds the block
+ * all that time, and so does who takes it over from the dead, until repair has told them. So: look at the entries; call this, which
+ * waits for whoever has one of the blocks now; and free what wasn't named. A fault that comes later takes leave of a frame that was.
+ */
+void await_faults(struct engine *e, uint32_t space)
+{
+    uint64_t pages = e->spaces[space].pages, *locks = pages ? locks_of(e, space) : NULL;
+    if (!locks)
+        return;
+    sigset_t before;
+    block_signals(&before);
+    fault_enter();
+    uint32_t record = record_take(e);
+    for (uint64_t block = 0; block * BLOCK < pages; block++)
+        if (__atomic_load_n(&locks[block], __ATOMIC_SEQ_CST) && !block_lock(e, record, space, block))
+            block_unlock(e, space, block);
+    record_give(e, record);
+    fault_leave();
+    restore_signals(&before);
+}
+
 /* ------------------------------------------------------------- freezing */
 
 /*

@@ -150,17 +150,8 @@ static PyObject *engine_adopt(PyObject *object, PyObject *args)
     int pool_fd;
     if (!e || !PyArg_ParseTuple(args, "Ii", &slot, &pool_fd))
         return NULL;
-    e->slot = slot;
-    e->incarnation = e->incarnations[slot * 8];
     e->pool_fd = pool_fd;
-    e->dirty = 0;
-    int failed = 0;
-    for (uint32_t space = 0; space < SPACES && !failed; space++)
-        for (struct region *r = e->chain[space]; r && !failed; r = r->next)
-            if (e->spaces[space].pages)
-                failed = map_region(r, 0, r->pages);
-    if (!failed)
-        failed = service_start(e);
+    int failed = adopt(e, slot);
     return failed ? os_error(failed) : Py_NewRef(Py_None);
 }
 
@@ -262,6 +253,8 @@ static PyMethodDef engine_methods[] = {
      "commit(generation) -> int: publish and apply the log; -1, or the run that stores conflict with: then nothing happened."},
     {"redo", engine_redo, METH_NOARGS, "redo(): finish what a dead process published."},
     {"bury", engine_bury, METH_VARARGS, "bury(slot): take over a dead process's blocks, forget its mappings."},
+    {"await_faults", engine_await_faults, METH_VARARGS,
+     "await_faults(space): wait until nobody shows a frame that the entries had ceased to name before."},
     {"map_for", engine_map_for, METH_VARARGS, "map_for(space, slot, on): enter or strike a mapper."},
     {"wait_dirty", engine_wait_dirty, METH_VARARGS, "wait_dirty(limit, ms) -> bool: whether this process stored to so many pages."},
     {"count", engine_count, METH_VARARGS, "count(name, by) -> int: add to 'held', 'dirty', 'strays' or 'epoch'."},

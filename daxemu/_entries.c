@@ -141,6 +141,20 @@ PyObject *engine_bury(PyObject *object, PyObject *args)
     Py_RETURN_NONE;
 }
 
+PyObject *engine_await_faults(PyObject *object, PyObject *args)
+{
+    struct engine *e = engine_of(object);
+    unsigned int space;
+    if (!e || !PyArg_ParseTuple(args, "I", &space))
+        return NULL;
+    if (space >= SPACES || (e->spaces[space].pages && !locks_of(e, space)))
+        return os_error(space >= SPACES ? EINVAL : ENOMEM);
+    Py_BEGIN_ALLOW_THREADS
+    await_faults(e, space);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
 PyObject *engine_map_for(PyObject *object, PyObject *args)
 {
     struct engine *e = engine_of(object);

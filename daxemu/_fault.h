@@ -18,6 +18,8 @@
  *   transaction lock (freeze, commit); the fault handler only ever makes pages private.
  * - First the new entries, then a fence, then the mappers are read. A process enters itself as a mapper first and
  *   reads the entries then. Of the two orders one holds: it sees the new entries, or it is seen and gets a message.
+ * - Who changes an entry has its block locked until all have answered: a frame that entries don't name any more is shown by nobody once
+ *   its block has been seen unlocked. Who frees frames for not being named by entries waits for that first (await_faults).
  * - A message says which pages to look up again. The receiver reads their entries and remaps under the process's own
  *   `guard`, so a remapping by an older look can't come after one by a newer.
  * - Nothing waits for another process with `guard` held, and a service thread takes no other lock: two processes that shoot at
@@ -156,6 +158,7 @@ void engines_add(struct engine *e);
 void engines_remove(struct engine *e);
 void fault_enter(void); /* waits while a fork is under way */
 void fault_leave(void);
+int adopt(struct engine *e, uint32_t slot); /* in a forked child, before it touches anything: be who holds the slot; 0 or errno */
 
 /* _map.c */
 uint64_t *entries_of(struct engine *e, uint32_t space); /* NULL: no address space left for the window */
@@ -195,6 +198,7 @@ int absent(char *address); /* a touch of a frame without a page: 0 when it has o
 /* _commit.c */
 int block_lock(struct engine *e, uint32_t record, uint32_t space, uint64_t block); /* 0, or ENOMEM */
 void block_unlock(struct engine *e, uint32_t space, uint64_t block);
+void await_faults(struct engine *e, uint32_t space); /* until nobody shows what the entries named before the caller's last look */
 int freeze(struct engine *e, uint32_t space, uint64_t low, uint64_t high, uint64_t *words, long patience, uint32_t *stuck);
 uint64_t log_runs(const struct engine *e);
 int log_is_published(struct engine *e);

@@ -159,6 +159,24 @@ static void in_child(void)
     open_gate();
 }
 
+/*
+ * The translations that fork copied may be older than the child's slot as a mapper: a message that was on its way to the parent is none
+ * to the child, and the parent's answer is for the parent's translations alone. So all are made anew, by a look at the entries
+ * now that the slot is a mapper; what comes after that is in its bell, for the service thread.
+ */
+int adopt(struct engine *e, uint32_t slot)
+{
+    int failed = 0;
+    e->slot = slot;
+    e->incarnation = e->incarnations[slot * 8];
+    e->dirty = 0;
+    for (uint32_t space = 0; space < SPACES && !failed; space++)
+        for (struct region *r = e->chain[space]; r && !failed; r = r->next)
+            if (e->spaces[space].pages)
+                failed = map_region(r, 0, r->pages);
+    return failed ? failed : service_start(e);
+}
+
 static void register_fork(void)
 {
     static int registered;

@@ -46,6 +46,7 @@ PyObject *engine_freeze(PyObject *object, PyObject *args);
 PyObject *engine_commit(PyObject *object, PyObject *args);
 PyObject *engine_redo(PyObject *object, PyObject *unused);
 PyObject *engine_bury(PyObject *object, PyObject *args);
+PyObject *engine_await_faults(PyObject *object, PyObject *args);
 PyObject *engine_map_for(PyObject *object, PyObject *args);
 PyObject *engine_wait_dirty(PyObject *object, PyObject *args);
 PyObject *engine_count(PyObject *object, PyObject *args);

@@ -283,11 +283,14 @@ class Mount:
 
     def _sweep(self) -> None:
         """Take back the frames that faults have taken and nobody names."""
-        if self.runtime.counter("strays"):
+        counted = self.runtime.counter("strays")
+        if counted:
             strays = self.spaces.strays()
+            if strays is None:
+                return  # another time
             if strays:
                 self.run(lambda tx: tx.take_back(strays), reserve=True, closing=True)
-            self.engine.count("strays", -self.runtime.counter("strays"))
+            self.engine.count("strays", -counted)
 
     def _sync(self) -> None:
         runtime, pool, array = self.runtime, self.pool, self.frames.array

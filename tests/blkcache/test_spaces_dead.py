@@ -53,7 +53,7 @@ def test_what_a_fault_vouches_for_is_no_stray(fs, claimed):
         assert mount.engine.claim(at, 2, HELD)
         mount.engine.count("held", 2)
         words[first], words[count] = (at + claimed[0], claimed[1]) if claimed else (0, (1 << 64) - 1)
-        assert mount.spaces.strays() == ([(at, 1)] if claimed == (1, 1) else [])
+        assert mount.spaces.strays() == {(0, 2): [], (1, 1): [(at, 1)], None: None}[claimed]
         words[count] = 0
         assert mount.spaces.strays() == [(at, 2)] and held.held().tolist() == [at, at + 1]
         mount.engine.count("strays", 1)

@@ -1,6 +1,6 @@
 /*
  * The native half without Python, for sanitizers: processes that store into one file through mappings, clone it, move its pages, fork,
- * and die at steps, for a while; then everything is checked. Usage: driver SECONDS SEED [k] [f] [r]
+ * and die at steps, for a while; then everything is checked. Usage: driver SECONDS SEED [k] [f] [r], or driver force WHAT
  * k: they die; f: they fork; r: slots of the dead are used again (else the run ends when there are no more)
  *
  * Every thread has a word of its own in each page and counts up in it. `begun` and `done` say, for all to see, which count it is
@@ -8,23 +8,9 @@
  */
 #include "stand_in.h"
 
+#include "forced.h"
+
 /* ----------------------------------------------------------- workers */
-
-static uint64_t *word_of(const struct region *r, uint64_t page, uint64_t lane)
-{
-    return (uint64_t *)(r->address + page * PAGE) + lane * 7;
-}
-
-/* To ThreadSanitizer each remapping by the service thread writes the page, and the hardware's order means nothing: not looked at there. */
-__attribute__((no_sanitize("thread"))) static uint64_t word_in(const volatile uint64_t *word)
-{
-    return *word;
-}
-
-__attribute__((no_sanitize("thread"))) static void put_word(volatile uint64_t *word, uint64_t value)
-{
-    *word = value;
-}
 
 static void *work(void *argument)
 {
@@ -43,46 +29,11 @@ static void *work(void *argument)
         uint64_t least = __atomic_load_n(&control->done[other][page], __ATOMIC_SEQ_CST);
         /* Thread 0 alone reads through the last one, which it takes away at times. */
         uint64_t seen = word_in(word_of(&regions[number(thread ? THREADS : THREADS + 1)], page, other));
+        uint64_t most = __atomic_load_n(&control->begun[other][page], __ATOMIC_SEQ_CST);
         CHECK("S3: a mapping shows less than has been stored", seen >= least, other, seen, least);
+        CHECK("S5: a mapping shows what nobody has stored there", seen <= most, other, seen, most);
     }
     return NULL;
-}
-
-static void start_engine(uint32_t slot)
-{
-    engine = (struct engine){
-        .base = (char *)base, .pool = pool, .table = base->table, .spaces = base->spaces, .records = base->records,
-        .bells = base->bells, .counters = &base->counters, .log = base->log, .live = &base->live, .free = &base->free,
-        .floor = &base->floor, .log_count = &base->log_count, .log_generation = &base->log_generation,
-        .log_owner = &base->log_owner, .spaces_used = &base->spaces_used, .windows = windows, .frames = FRAMES,
-        .runtime_fd = runtime_fd, .pool_fd = pool_fd, .end_fd = memfd_create("end", 0),
-        .incarnations = base->incarnations, .child_slot = -1, .child_fds = {-1, -1},
-        .window = calloc(SPACES, sizeof(char *)), .chain = calloc(SPACES, sizeof(struct region *)),
-    };
-    become(slot);
-    engines_add(&engine);
-}
-
-static void leave(void)
-{
-    begin();
-    for (int i = 0; i <= THREADS; i++)
-        region_remove(&regions[i]);
-    map_for(engine.slot, 0);
-    finish();
-    service_stop(&engine);
-}
-
-static void map_all(void)
-{
-    for (int i = 0; i <= THREADS; i++) {
-        char *address = mmap(NULL, PAGES * PAGE, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-        CHECK("mmap", address != MAP_FAILED, (uint64_t)errno, 0, 0);
-        regions[i] = (struct region){.engine = &engine, .address = address, .pages = PAGES, .writable = i < THREADS,
-                                     .granule = i ? 16 : 1, .fixed = i == 0, .streak = UINT64_MAX};
-        region_add(&regions[i]);
-        CHECK("map_region", !map_region(&regions[i], 0, PAGES), (uint64_t)errno, 0, 0);
-    }
 }
 
 /* Fork as Mount.prepare_child and become_child do: the child's slot is there before the child is; fork makes it a mapper. */
@@ -104,12 +55,7 @@ static void fork_one(void)
         __atomic_add_fetch(&control->forks, 1, __ATOMIC_SEQ_CST);
         return;
     }
-    close(slot_fd);
-    close(lock_own);
-    lock_own = reopen(lock_fd);
-    fault_step = NULL;
-    become((uint32_t)slot);
-    CHECK("service_start", !service_start(&engine), 0, 0, 0);
+    be_child((uint32_t)slot);
     work((void *)0);
     if (number(4))
         leave();
@@ -135,13 +81,7 @@ static void worker(uint64_t seed)
     close(fd);
     if (slot < 0)
         _exit(0);
-    become((uint32_t)slot);
-    CHECK("service_start", !service_start(&engine), 0, 0, 0);
-    CHECK("handler_install", !handler_install(), 0, 0, 0);
-    begin();
-    map_for(engine.slot, 1);
-    map_all();
-    finish();
+    join((uint32_t)slot);
     if (kills && number(4)) {
         die_at = (int)number(AT_FORGOTTEN + 1);
         die_after = 1 + (int)number(die_at < AT_ALL_LOCKED ? 60 : 6);
@@ -208,28 +148,13 @@ static void check_end(void)
 
 int main(int argc, char **argv)
 {
+    if (argc > 2 && !strcmp(argv[1], "force"))
+        return force(argv[2]);
     int seconds = argc > 1 ? atoi(argv[1]) : 2, failed = 0, status;
     uint64_t seed = argc > 2 ? strtoull(argv[2], NULL, 10) : 1;
     for (int i = 3; i < argc; i++)
         kills |= *argv[i] == 'k', forks |= *argv[i] == 'f', reuse |= *argv[i] == 'r';
-    windows = (sizeof(struct base) + PAGE - 1) / PAGE * PAGE;
-    control = mmap(NULL, sizeof *control, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-    runtime_fd = memfd_create("run-time", MFD_CLOEXEC);
-    pool_fd = memfd_create("pool", MFD_CLOEXEC);
-    lock_fd = memfd_create("lock", MFD_CLOEXEC);
-    if (control == MAP_FAILED || ftruncate(runtime_fd, (off_t)(windows + 2 * WINDOW)) || ftruncate(pool_fd, FRAMES * PAGE))
-        return perror("set-up"), 2;
-    base = mmap(NULL, windows, PROT_READ | PROT_WRITE, MAP_SHARED, runtime_fd, 0);
-    pool = mmap(NULL, FRAMES * PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, pool_fd, 0);
-    if (base == MAP_FAILED || pool == MAP_FAILED)
-        return perror("mmap"), 2;
-    *base = (struct base){.live = 1, .free = 4 * FRAMES, .floor = FRAMES, .log_generation = UINT64_MAX, .spaces_used = 1};
-    base->spaces[0].pages = base->spaces[0].length = PAGES;
-    base->table[0] = USED;
-    uint64_t *entries = mmap(NULL, LOCKS + PAGES * 8, PROT_READ | PROT_WRITE, MAP_SHARED, runtime_fd, (off_t)windows);
-    for (uint64_t p = 0; p < PAGES; p++) /* data that others share, and holes */
-        if (p % 100 < 90)
-            entries[LOCKS / 8 + p] = 1 + p, base->table[1 + p] = USED;
+    set_up();
     time_t end = time(NULL) + seconds;
     for (int i = 0, left = 0; i < WORKERS || left;) {
         for (; time(NULL) < end && left < WORKERS; i++, left++) {

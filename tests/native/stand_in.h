@@ -30,7 +30,7 @@ struct base { /* the run-time file up to the windows */
     uint8_t table[FRAMES];
 };
 struct control {
-    uint64_t stop, failed, taken[PROCESSES], restarts, clones_made, moves, conflicts, forks, redone;
+    uint64_t stop, failed, taken[PROCESSES], restarts, clones_made, moves, conflicts, forks, redone, turn;
     uint64_t begun[LANES][PAGES], done[LANES][PAGES];
     struct { uint64_t pfn[PAGES], sum[PAGES]; } clone[CLONES];
 };
@@ -125,6 +125,7 @@ static void sweep(void)
     for (int c = 0; c < CLONES; c++)
         for (uint64_t p = 0; p < PAGES; p++)
             held[control->clone[c].pfn[p]] = 0;
+    await_faults(&engine, 0);
     for (uint64_t f = 1; f < FRAMES; f++)
         if (held[f]) {
             if (__atomic_load_n(&base->table[f], __ATOMIC_SEQ_CST) & BACKED)
@@ -232,4 +233,106 @@ static void check_clones(void)
             if (pfn)
                 CHECK("S4: a clone's page changed", sum_of(pfn) == control->clone[c].sum[p], (uint64_t)c, p, pfn);
         }
+}
+
+/* ----------------------------------------------------------- processes */
+
+static uint64_t *word_of(const struct region *r, uint64_t page, uint64_t lane)
+{
+    return (uint64_t *)(r->address + page * PAGE) + lane * 7;
+}
+
+/* To ThreadSanitizer each remapping by the service thread writes the page, and the hardware's order means nothing: not looked at there. */
+__attribute__((no_sanitize("thread"))) static uint64_t word_in(const volatile uint64_t *word)
+{
+    return *word;
+}
+
+__attribute__((no_sanitize("thread"))) static void put_word(volatile uint64_t *word, uint64_t value)
+{
+    *word = value;
+}
+
+/* What all processes have in common; the caller forks them. */
+static void set_up(void)
+{
+    windows = (sizeof(struct base) + PAGE - 1) / PAGE * PAGE;
+    control = mmap(NULL, sizeof *control, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    runtime_fd = memfd_create("run-time", MFD_CLOEXEC);
+    pool_fd = memfd_create("pool", MFD_CLOEXEC);
+    lock_fd = memfd_create("lock", MFD_CLOEXEC);
+    if (control == MAP_FAILED)
+        abort();
+    if (ftruncate(runtime_fd, (off_t)(windows + 2 * WINDOW)) || ftruncate(pool_fd, FRAMES * PAGE))
+        fail("set-up", (uint64_t)errno, 0, 0);
+    base = mmap(NULL, windows, PROT_READ | PROT_WRITE, MAP_SHARED, runtime_fd, 0);
+    pool = mmap(NULL, FRAMES * PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, pool_fd, 0);
+    if (base == MAP_FAILED || pool == MAP_FAILED)
+        fail("mmap", (uint64_t)errno, 0, 0);
+    *base = (struct base){.live = 1, .free = 4 * FRAMES, .floor = FRAMES, .log_generation = UINT64_MAX, .spaces_used = 1};
+    base->spaces[0].pages = base->spaces[0].length = PAGES;
+    base->table[0] = USED;
+    uint64_t *entries = mmap(NULL, LOCKS + PAGES * 8, PROT_READ | PROT_WRITE, MAP_SHARED, runtime_fd, (off_t)windows);
+    for (uint64_t p = 0; p < PAGES; p++) /* data that others share, and holes */
+        if (p % 100 < 90)
+            entries[LOCKS / 8 + p] = 1 + p, base->table[1 + p] = USED;
+}
+
+static void start_engine(uint32_t slot)
+{
+    engine = (struct engine){
+        .base = (char *)base, .pool = pool, .table = base->table, .spaces = base->spaces, .records = base->records,
+        .bells = base->bells, .counters = &base->counters, .log = base->log, .live = &base->live, .free = &base->free,
+        .floor = &base->floor, .log_count = &base->log_count, .log_generation = &base->log_generation,
+        .log_owner = &base->log_owner, .spaces_used = &base->spaces_used, .windows = windows, .frames = FRAMES,
+        .runtime_fd = runtime_fd, .pool_fd = pool_fd, .end_fd = memfd_create("end", 0),
+        .incarnations = base->incarnations, .child_slot = -1, .child_fds = {-1, -1},
+        .window = calloc(SPACES, sizeof(char *)), .chain = calloc(SPACES, sizeof(struct region *)),
+    };
+    become(slot);
+    engines_add(&engine);
+}
+
+static void leave(void)
+{
+    begin();
+    for (int i = 0; i <= THREADS; i++)
+        region_remove(&regions[i]);
+    map_for(engine.slot, 0);
+    finish();
+    service_stop(&engine);
+}
+
+static void map_all(void)
+{
+    for (int i = 0; i <= THREADS; i++) {
+        char *address = mmap(NULL, PAGES * PAGE, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        CHECK("mmap", address != MAP_FAILED, (uint64_t)errno, 0, 0);
+        regions[i] = (struct region){.engine = &engine, .address = address, .pages = PAGES, .writable = i < THREADS,
+                                     .granule = i ? 16 : 1, .fixed = i == 0, .streak = UINT64_MAX};
+        region_add(&regions[i]);
+        CHECK("map_region", !map_region(&regions[i], 0, PAGES), (uint64_t)errno, 0, 0);
+    }
+}
+
+/* The slot is ours: from here on we are one of those who store, and answer. */
+static void join(uint32_t slot)
+{
+    become(slot);
+    CHECK("service_start", !service_start(&engine), 0, 0, 0);
+    CHECK("handler_install", !handler_install(SIGSEGV), 0, 0, 0);
+    begin();
+    map_for(engine.slot, 1);
+    map_all();
+    finish();
+}
+
+/* In a forked child, for which the parent has made the slot, as Mount.become_child. */
+static void be_child(uint32_t slot)
+{
+    close(slot_fd);
+    close(lock_own);
+    lock_own = reopen(lock_fd);
+    fault_step = NULL;
+    CHECK("adopt", !adopt(&engine, slot), 0, 0, 0);
 }
