@@ -33,9 +33,10 @@ types: $(STAMP)
 
 check: format lint types test  ## format, lint, types, tests
 
-stress: $(STAMP)  ## processes that store, clone and are killed on the same files: ten minutes, a row of seeds
-	for seed in 1 2 3 4 5 6 7 8 9 10; do $(BIN)/onecopy stress --processes 8 --seconds 30 --seed $$seed || exit; \
-		$(BIN)/onecopy stress --processes 8 --seconds 30 --seed $$seed --kill || exit; done
+stress: $(STAMP)  ## processes that store, clone and are killed on the same files, with and without a cache: twenty minutes, a row of seeds
+	for seed in 1 2 3 4 5 6 7 8 9 10; do \
+		for how in "" "--kill" "--kill --policy shared --cache-size 4M" "--kill --policy per-inode --cache-size 4M"; do \
+		$(BIN)/onecopy stress --processes 8 --seconds 30 --seed $$seed $$how || exit; done; done
 
 bench: $(STAMP)  ## every figure of the benchmarks, side by side
 	$(BIN)/onecopy bench

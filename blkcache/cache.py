@@ -410,7 +410,7 @@ def open_pool(path: str, *, writable: bool, options: CacheOptions) -> Pool:
     if policy == "dax":
         return pool
     pool.close()
-    limit = options.limit or pages or None
+    limit = options.limit if options.limit is not None else pages or None
     if limit is not None and limit < MIN_FRAMES:
         raise invalid(f"a cache of {limit} pages: it must have at least {MIN_FRAMES}", path)
     return CachedPool(pool.path, writable=writable, policy=policy, limit=limit, name=options.name, device=options.device)

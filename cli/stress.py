@@ -40,6 +40,13 @@ def stress(
     kill: Annotated[bool, typer.Option("--kill", help="Kill processes all the time, anywhere, and start others.")] = False,
     mapped: Annotated[bool, typer.Option(help="Store and load through mappings, too; without, by calls alone.")] = True,
     only: Annotated[str | None, typer.Option(metavar="KIND,...", help="Only these operations, such as store,clone.")] = None,
+    policy: Annotated[
+        str | None,
+        typer.Option(metavar="POLICY", help="Of the pool that is made: 'dax', or, through a buffer cache, 'shared' or 'per-inode'."),
+    ] = None,
+    cache_size: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="How much of the pool that is made may be in memory; 64M when left out.")
+    ] = None,
     patience: Annotated[float, typer.Option(min=1, help="Seconds without progress after which a process counts as hung.")] = 60,
     as_json: Json = False,
 ) -> None:
@@ -58,7 +65,7 @@ def stress(
     kinds = _kinds(only, mapped=mapped)
     seed = secrets.randbits(32) if seed is None else seed
     seconds = _SECONDS if seconds is operations is None else seconds
-    with ended_by_sigterm(), _pool(pool, size) as path:
+    with ended_by_sigterm(), _pool(pool, size, policy, cache_size) as path:
         directory = f"/stress-{secrets.token_hex(4)}"
         job = stress_work.Job(path, directory, seed, processes, operations, kill, kinds)
         report = _run(job, seconds, patience)
@@ -81,14 +88,19 @@ def _kinds(only: str | None, *, mapped: bool) -> frozenset[str]:
 
 
 @contextmanager
-def _pool(pool: str | None, size: str) -> Iterator[str]:
+def _pool(pool: str | None, size: str, policy: str | None, cache_size: str | None) -> Iterator[str]:
+    """Make a pool where none is named; of one that is, the policy and the cache are as it was formatted."""
     import onecopy
     from onecopy.benchmarks.harness import new_pool
 
     if pool is not None:
+        for value, option in ((policy, "--policy"), (cache_size, "--cache-size")):
+            if value is not None:
+                raise typer.BadParameter("only of a pool that is made here; this one has been formatted", param_hint=option)
         yield pool
         return
-    with new_pool(onecopy.parse_size(size)) as path:
+    device = "direct" if policy in (None, "dax") and cache_size is None else "cached"
+    with new_pool(onecopy.parse_size(size), device=device, cache_size=cache_size, policy=policy) as path:
         yield path
 
 

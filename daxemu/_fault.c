@@ -45,7 +45,8 @@ static int is_free(const struct engine *e, uint64_t pfn, uint64_t pages)
     return 1;
 }
 
-/* First of `pages` free frames in a row, aligned to `step`, from `from` on and then from the start; 0: none. */
+/* First of `pages` free frames in a row, aligned to `step`, from `from` on and then from the start, and a single one where there
+ * is no other among the nodes, too; 0: none. */
 static uint64_t search(const struct engine *e, uint64_t pages, uint64_t step, uint64_t from)
 {
     uint64_t limit = __atomic_load_n(e->floor, __ATOMIC_RELAXED);
@@ -57,6 +58,9 @@ static uint64_t search(const struct engine *e, uint64_t pages, uint64_t step, ui
             if (is_free(e, at, pages))
                 return at; /* never 0: the pool's header is in use */
     }
+    for (uint64_t at = limit; pages == 1 && at < e->frames; at++)
+        if (is_free(e, at, 1))
+            return at;
     return 0;
 }
 

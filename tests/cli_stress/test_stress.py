@@ -72,6 +72,24 @@ def test_killing(start):
     assert not left_behind(process, before)
 
 
+@pytest.mark.parametrize("policy", ["shared", "per-inode"])
+@pytest.mark.parametrize("kill", [[], ["--kill"]], ids=["", "killing"])
+def test_through_a_small_cache(start, policy, kill):
+    before = {*os.listdir(SHM)}
+    size = ["--operations", 300] if not kill else ["--seconds", 4]
+    process = start(*size, "--processes", 3, "--policy", policy, "--cache-size", "1M", "--json", "--seed", 3, *kill)
+    report = json.loads(finish(process)[0])
+    assert report["ok"] and report["pages_checked"] > 500
+    assert not left_behind(process, before)
+
+
+def test_a_cache_is_of_the_pool_that_is_made(start, pool):
+    for option, value in (("--policy", "shared"), ("--cache-size", "1M")):
+        assert option in finish(start(pool.path, option, value), status=2)[1]
+    assert "policy 'other'" in finish(start("--policy", "other"), status=2)[1]
+    assert "at least 256" in finish(start("--cache-size", "1K"), status=2)[1]
+
+
 def test_in_a_pool_of_the_user(start, pool):
     pool.write("/mine", b"mine")
     finish(start(pool.path, "--operations", 100, "--processes", 2))
