@@ -285,9 +285,16 @@ class CachedPool(Pool):
         self.device.read(pfn, page)
         return bytes(page)
 
-    def raise_lost(self) -> None:
-        """Raise OSError (EIO) when a block could not be read since the last call, and something else was shown for it."""
-        lost = self.cache.error()
+    def losses(self) -> int:
+        """Before the mapping is read: for `raise_lost`."""
+        return self.cache.losses()
+
+    def raise_lost(self, since: int) -> None:
+        """Raise OSError (EIO) when a block could not be read since `losses` gave that number: zeros were shown for it.
+
+        Also when another thread read it: all threads have seen the zeros, and nobody can tell who looked.
+        """
+        lost = self.cache.lost(since)
         if lost is not None:
             raise self._unreadable(lost[0], lost[1], 1)
 

@@ -84,9 +84,9 @@ int cache_copy(struct cache *c, uint64_t from, uint64_t to)
         memcpy(buffer, zeros, PAGE);
     else {
         frame_hold(c, c->base + from, 1, &flags);
-        if (flags & F_RESIDENT)
+        if (flags & F_RESIDENT && !(failed = cache_show(c, from, 1)))
             memcpy(buffer, c->pool + from * PAGE, PAGE);
-        else
+        else if (!failed)
             failed = device_read(&c->device, from, 1, buffer); /* about to be replaced, for this file: no need of a frame */
         frame_release(c, c->base + from, flags);
     }
@@ -99,6 +99,18 @@ int cache_copy(struct cache *c, uint64_t from, uint64_t to)
 int cache_clear(struct cache *c, uint64_t pfn, uint64_t first, uint64_t end)
 {
     return cache_store(c, pfn * PAGE + first, zeros, end - first);
+}
+
+static void keep(const struct cache *c, uint64_t flags)
+{
+    if (!(flags & F_KEPT))
+        __atomic_fetch_add(c->kept, 1, __ATOMIC_RELAXED);
+}
+
+static void keep_no_more(const struct cache *c, uint64_t flags)
+{
+    if (flags & F_KEPT)
+        __atomic_fetch_sub(c->kept, 1, __ATOMIC_RELAXED);
 }
 
 int cache_ready(struct cache *c, uint64_t pfn, uint64_t pages)
@@ -115,8 +127,8 @@ int cache_ready(struct cache *c, uint64_t pfn, uint64_t pages)
         hold_filled(c, pfn, 1, &flags, &promised);
         if (promised)
             failed = frames_put(c, i, 1, zeros);
-        if (!failed && !(flags & F_KEPT))
-            __atomic_fetch_add(c->kept, 1, __ATOMIC_RELAXED);
+        if (!failed)
+            keep(c, flags);
         store_done(c, pfn, failed ? flags : flags | F_DIRTY | F_KEPT, failed, promised);
     }
     return failed;
@@ -167,8 +179,7 @@ int cache_write_back(struct cache *c, uint64_t pfn, uint64_t pages)
         for (uint64_t n = 0; n < frames; n++) {
             uint64_t keep = flags[n];
             if (!failed) {
-                if (keep & F_KEPT)
-                    __atomic_fetch_sub(c->kept, 1, __ATOMIC_RELAXED);
+                keep_no_more(c, keep);
                 keep &= ~(keep & F_WRITABLE ? F_KEPT : F_KEPT | F_DIRTY);
             }
             frame_release(c, c->base + pfn + n, keep);
@@ -220,8 +231,7 @@ void cache_drop(struct cache *c, uint64_t i, uint64_t pages)
             continue;
         }
         while (i + run < end && run < AHEAD && frame_hold(c, i + run, !run, &flags)) {
-            if (flags & F_KEPT)
-                __atomic_fetch_sub(c->kept, 1, __ATOMIC_RELAXED);
+            keep_no_more(c, flags);
             frame_left(c, flags);
             frame_note(c, i + run, 0);
             run++;
