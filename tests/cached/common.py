@@ -9,6 +9,7 @@ import numpy as np
 
 import onecopy
 from onecopy.blkcache import cache as caches
+from onecopy.blkcache.device import Conditioned, FileDevice
 from onecopy.daxemu import steps
 
 from ..mapped.common import content
@@ -81,6 +82,9 @@ def page_of(number: int, seed: int) -> bytes:
 def worker(path, options, line):
     """Do as told: ("map", name, mode), ("store", name, offset, bytes), ("look", name, ranges), ("arm", ...), or a method."""
     mappings = {}
+    if "conditions" in options:
+        options = {**options, "device": Conditioned(FileDevice(path), path=options["conditions"])}
+        del options["conditions"]
     with onecopy.open(path, **options) as fs:
         line.say("open")
         while (request := line.hear()) is not None:
@@ -114,7 +118,7 @@ def obey(fs, mappings, what, *arguments):
 
 
 def begin(start, path, **options):
-    """Start a worker that has the pool open."""
+    """Start a worker that has the pool open; `conditions`: the path of those of its device."""
     process = start(partial(worker, path, options))
     assert process.hear() == "open"
     return process
