@@ -40,6 +40,12 @@ static uint32_t user_of(uint32_t holder)
     return (holder & 0xfff) - 1;
 }
 
+static int is_gone(const struct cache *c, uint32_t user)
+{
+    struct flock range = {.l_type = F_WRLCK, .l_whence = SEEK_SET, .l_start = LOCK_BASE + user, .l_len = 1};
+    return !fcntl(c->control_fd, F_OFD_GETLK, &range) && range.l_type == F_UNLCK;
+}
+
 static int is_dead(const struct cache *c, uint32_t holder)
 {
     uint32_t user = user_of(holder);
@@ -47,8 +53,7 @@ static int is_dead(const struct cache *c, uint32_t holder)
         return 0;
     if (user >= USERS || (__atomic_load_n(&c->header->incarnations[user], __ATOMIC_SEQ_CST) & 0x7ffff) != holder >> 12)
         return 1;
-    struct flock range = {.l_type = F_WRLCK, .l_whence = SEEK_SET, .l_start = LOCK_BASE + user, .l_len = 1};
-    return !fcntl(c->control_fd, F_OFD_GETLK, &range) && range.l_type == F_UNLCK;
+    return is_gone(c, user);
 }
 
 int cache_watching(void)
@@ -148,6 +153,16 @@ uint64_t frames_over(const struct cache *c)
     return count > c->header->limit ? count - c->header->limit : 0;
 }
 
+/* What the dead had promised themselves is nobody's. */
+static void forget_promises(const struct cache *c)
+{
+    for (uint32_t user = 0; user < c->header->users && user < USERS; user++) {
+        uint64_t seen = __atomic_load_n(&c->header->promised[user], __ATOMIC_SEQ_CST);
+        if (seen && user != user_of(c->holder) && is_gone(c, user))
+            __atomic_compare_exchange_n(&c->header->promised[user], &seen, 0, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
+    }
+}
+
 /* Promise frames to who is about to fill them; where there are too many, others go first. */
 int frames_promise(struct cache *c, uint64_t frames)
 {
@@ -155,7 +170,9 @@ int frames_promise(struct cache *c, uint64_t frames)
     uint64_t over = frames_over(c);
     if (!over)
         return 1;
-    frames_evict(c, over);
+    forget_promises(c);
+    if ((over = frames_over(c)))
+        frames_evict(c, over);
     if (!frames_over(c))
         return 1;
     __atomic_fetch_add(&c->header->over, 1, __ATOMIC_RELAXED);
@@ -164,7 +181,9 @@ int frames_promise(struct cache *c, uint64_t frames)
 
 void frames_unpromise(const struct cache *c, uint64_t frames)
 {
-    __atomic_fetch_sub(&c->header->promised[user_of(c->holder)], frames, __ATOMIC_SEQ_CST);
+    uint64_t *promised = &c->header->promised[user_of(c->holder)], have = __atomic_load_n(promised, __ATOMIC_SEQ_CST);
+    while (!__atomic_compare_exchange_n(promised, &have, have > frames ? have - frames : 0, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST))
+        ;
 }
 
 /* ------------------------------------------------------------- filling */

@@ -11,10 +11,8 @@ import weakref
 from collections.abc import Callable
 from typing import TypeVar
 
-import numpy as np
-
 from onecopy.blkcache.cache import NO_OPTIONS, CacheOptions, open_pool
-from onecopy.blkcache.frames import DIRTY, FRESH, NODE, USED, Frames, reserve_of
+from onecopy.blkcache.frames import Frames, reserve_of
 from onecopy.blkcache.limbo import INTENT_RECLAIM, Limbo
 from onecopy.blkcache.spaces import Spaces
 from onecopy.daxemu import slots
@@ -22,21 +20,19 @@ from onecopy.daxemu._fault import Engine
 from onecopy.daxemu.errors import NoSpace, OneCopyError, ReadOnly, posix
 from onecopy.daxemu.locks import RankedLock, reopen, try_mount
 from onecopy.daxemu.mapping import Mapping
-from onecopy.daxemu.persist import Volatile
 from onecopy.daxemu.runtime import W, attach, finish, not_alone, open_lock, runtime_paths
 from onecopy.daxemu.slots import Slot
 from onecopy.daxemu.steps import reach
-from onecopy.fs import counts, rebuild, superblock
-from onecopy.fs.format import SUPERBLOCK_PFNS
+from onecopy.fs import rebuild, superblock
 from onecopy.fs.inode import Inode
 from onecopy.fs.mapped import Changes, Seen
 from onecopy.fs.maps import Maps
 from onecopy.fs.reading import ASTRAY, Reading, damage
+from onecopy.fs.sync import INTENT_SYNC, write_out
 from onecopy.fs.tx import Conflict, Tx, View
 
 T = TypeVar("T")
 
-INTENT_SYNC = 2
 _LIVE, _INTENT, _TAKEN, _HEAD = W["live_generation"], W["intent"], W["taken_generation"], W["limbo_head"]
 _LOG = W["log_count"]
 _CONFLICTS = 64  # attempts at a transaction that stores conflict with
@@ -253,14 +249,14 @@ class Mount:
             self.limbo.finish()
             self.frames.recount()
         elif intent == INTENT_SYNC and self.pool.writable:
-            self._sync()
+            write_out(self)
             self.frames.recount()
         if words[_TAKEN] > words[_LIVE]:
             self.frames.undo()
 
     def _make_room(self) -> None:
         self.spaces.reap()
-        self._sync()
+        write_out(self)
         self.limbo.reclaim(self.view.limbo_tail)
         if self.pool.cached:
             self.frames.give_back()  # also what nodes that came to nothing keep in memory
@@ -284,7 +280,7 @@ class Mount:
             self.maps.fold()
             self.spaces.end_unmapped()
             self._sweep()
-            self._sync()
+            write_out(self)
 
     def _sweep(self) -> None:
         """Take back the frames that faults have taken and nobody names."""
@@ -296,52 +292,6 @@ class Mount:
             if strays:
                 self.run(lambda tx: tx.take_back(strays), reserve=True, closing=True)
             self.engine.count("strays", -counted)
-
-    def _sync(self) -> None:
-        runtime, pool, array = self.runtime, self.pool, self.frames.array
-        generation = runtime.atomic.load(_LIVE)
-        view = View(runtime, pool, generation)
-        # Stores go to private pages and leave no mark; where flushing does something, all of these are flushed. A cache knows.
-        marks = not self.spaces.any_entries or isinstance(pool.persistence, Volatile)
-        stored = [(0, pool.frames)] if pool.cached else [] if marks else self.spaces.private_runs()
-        if generation == runtime.get("durable_generation") and runtime.get("intent") != INTENT_SYNC:
-            for first, pages in stored:
-                pool.persistence.flush(first, pages)
-            if stored:
-                pool.persistence.fence()
-            return
-        runtime.set("intent", INTENT_SYNC)
-        reach("sync intended")
-        for pfn in np.flatnonzero((array & (USED | NODE | FRESH)) == USED | NODE | FRESH).tolist():
-            losses, found = pool.losses(), rebuild.node_checksum(pool, pfn)
-            if (
-                pool.words[pfn * 512 + 3] != found
-            ):  # else it has gone to the media with a sync that failed, and may be there only
-                pool.raise_lost(losses)
-                pool.words[pfn * 512 + 3] = found
-        reach("checksums set")
-        for first, pages in stored:
-            pool.persistence.flush(first, pages)
-        dirty = (array & (USED | DIRTY)) == USED | DIRTY
-        edges = np.flatnonzero(np.diff(dirty, prepend=False, append=False)).tolist()
-        for first, end in zip(edges[::2], edges[1::2], strict=True):
-            pool.persistence.flush(first, end - first)
-        pool.persistence.fence()  # S7: before the superblock names it
-        reach("pages flushed")
-        current = superblock.newest(pool)
-        if current.generation != generation:
-            slot = next(pfn for pfn in SUPERBLOCK_PFNS if pfn != current.pfn)
-            superblock.write(pool, slot, generation, view.roots, view.counts, view.next_subvolume)
-        runtime.set("durable_generation", generation)
-        reach("durable noted")
-        self.limbo.committed(view.limbo_tail)
-        if runtime.get("stale_hints"):
-            counts.refresh_hints(view)
-            runtime.set("stale_hints", 0)
-        reach("flags cleaned")
-        runtime.set("intent", 0)
-        self.limbo.reclaim(view.limbo_tail)
-        self.frames.give_back(faults=bool(self.spaces.with_entries()))
 
     # ---------------------------------------------------------- mapping
 

@@ -206,7 +206,7 @@ def test_writes_that_fail(failing):
     model = bytearray(content(PAGES))
     device.fail(write=True)
     with fs.map("/a", "r+") as mapping, memoryview(mapping) as view:
-        for page in range(0, 320):  # more than the cache has
+        for page in range(320):  # more than the cache has
             view[page * PAGE : page * PAGE + 8] = model[page * PAGE : page * PAGE + 8] = page_of(page, 5)[:8]
     assert frames(fs).over > 0
     for _ in range(3):
@@ -233,7 +233,7 @@ def test_a_sync_that_failed_and_then_nodes_that_can_not_be_read(failing, what):
     device.heal()
     pool = fs._mount.pool
     for pfn in range(pool.frames):  # evict what is clean
-        if not pool.cache is None and not dirty(fs, pfn):
+        if pool.cache is not None and not dirty(fs, pfn):
             pool.cache.drop(pfn, 1)
     device.fail(read=True)
     with pytest.raises(OSError) as caught:
