@@ -190,6 +190,8 @@ def run(media, new_path, seed: int, changes: int, cuts: float) -> None:
             images.clear()
             if syncing:
                 workload.noted()
+            elif newest != before:
+                workload.synced = previous
     finally:
         steps.hook = None
     assert device.superblocks >= changes // 7
