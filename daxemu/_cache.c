@@ -153,9 +153,8 @@ int frames_promise(struct cache *c, uint64_t frames)
     have = __atomic_add_fetch(resident, frames, __ATOMIC_SEQ_CST);
     if (have <= c->header->limit)
         return 1;
-    frames_evict(c, have - c->header->limit);
-    if (__atomic_load_n(resident, __ATOMIC_SEQ_CST) <= c->header->limit)
-        return 1;
+    if (!frames_evict(c, have - c->header->limit) || __atomic_load_n(resident, __ATOMIC_SEQ_CST) <= c->header->limit)
+        return 1; /* what others have been promised since they make room for */
     __atomic_fetch_add(&c->header->over, 1, __ATOMIC_RELAXED);
     return 0;
 }

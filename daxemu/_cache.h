@@ -93,7 +93,7 @@ uint64_t frame_came_in(const struct cache *c, uint64_t before);     /* flags of 
 void frame_left(const struct cache *c, uint64_t flags);              /* one that had these is absent now */
 void frames_punch(const struct cache *c, uint64_t i, uint64_t frames);
 int frames_write(struct cache *c, uint64_t i, uint64_t frames);     /* held, of our device */
-void frames_evict(struct cache *c, uint64_t want);                  /* as many as can be; _evict.c */
+uint64_t frames_evict(struct cache *c, uint64_t want);              /* as many as can be; returns how many could not. _evict.c */
 
 /* Filling, in _cache.c. A promise is made before frames get pages; where there are too many, others go first. */
 int frames_promise(struct cache *c, uint64_t frames); /* 0 when nothing could go, and there are too many */

@@ -245,7 +245,7 @@ static uint64_t gather(const struct cache *c, uint64_t i, uint64_t most, int lat
  * Evict `want` frames, or as many as can be, and a few more: neighbours are written and punched together. What the caller holds stays.
  * The hand is moved after the look: two processes may look at the same frames at the same time, and take different ones.
  */
-void frames_evict(struct cache *c, uint64_t want)
+uint64_t frames_evict(struct cache *c, uint64_t want)
 {
     uint64_t victims[BATCH], flags[BATCH], length = sweep_length(c), few = c->header->limit / 128;
     uint64_t more = want + (few < BATCH ? few : BATCH);
@@ -263,4 +263,5 @@ void frames_evict(struct cache *c, uint64_t want)
         want -= gone < want ? gone : want;
         more -= gone < more ? gone : more;
     }
+    return want;
 }
