@@ -72,8 +72,8 @@ void frames_punch(const struct cache *c, uint64_t i, uint64_t frames)
         ;
 }
 
-/* Frames that have a page. Never more than `resident` says: a promise comes before the page, and goes after it. */
-static uint64_t count_pages(const struct cache *c)
+/* A promise comes before the page, and goes after it. */
+uint64_t frames_pages(const struct cache *c)
 {
     struct stat found;
     return fstat(c->frames_fd, &found) ? 0 : (uint64_t)found.st_blocks / (PAGE / 512);
@@ -83,7 +83,7 @@ static uint64_t count_pages(const struct cache *c)
  * frames_promise notices. */
 static void recount(const struct cache *c)
 {
-    __atomic_store_n(&c->header->resident, count_pages(c), __ATOMIC_SEQ_CST);
+    __atomic_store_n(&c->header->resident, frames_pages(c), __ATOMIC_SEQ_CST);
 }
 
 /* Hold the word of frame `i`; *flags is what it says. Without `wait`, 0 when somebody alive has it. */
@@ -147,7 +147,7 @@ int frame_is_block(const struct cache *c, uint64_t i)
 /* Promise frames to who is about to fill them; where there are too many, others go first. */
 int frames_promise(struct cache *c, uint64_t frames)
 {
-    uint64_t *resident = &c->header->resident, have = __atomic_load_n(resident, __ATOMIC_SEQ_CST), pages = count_pages(c);
+    uint64_t *resident = &c->header->resident, have = __atomic_load_n(resident, __ATOMIC_SEQ_CST), pages = frames_pages(c);
     if (pages > have) /* a recount came between somebody's promise and his pages; if `resident` is another now, the next look tells */
         __atomic_compare_exchange_n(resident, &have, pages, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
     have = __atomic_add_fetch(resident, frames, __ATOMIC_SEQ_CST);

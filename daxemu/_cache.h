@@ -97,6 +97,7 @@ uint64_t frames_evict(struct cache *c, uint64_t want);              /* as many a
 
 /* Filling, in _cache.c. A promise is made before frames get pages; where there are too many, others go first. */
 int frames_promise(struct cache *c, uint64_t frames); /* 0 when nothing could go, and there are too many */
+uint64_t frames_pages(const struct cache *c); /* that there are: never more than are promised */
 void frames_unpromise(const struct cache *c, uint64_t frames);
 int frames_fill(struct cache *c, uint64_t i, uint64_t pfn, uint64_t frames); /* held, absent */
 int frames_put(const struct cache *c, uint64_t i, uint64_t frames, const char *from);

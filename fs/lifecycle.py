@@ -5,7 +5,7 @@ import errno
 import os
 from collections.abc import Iterable
 
-from onecopy.blkcache.cache import DEFAULT_CACHE, CacheOptions, cache_paths
+from onecopy.blkcache.cache import DEFAULT_CACHE, MIN_FRAMES, CacheOptions, cache_paths
 from onecopy.blkcache.device import BlockDevice
 from onecopy.daxemu import pool as pools
 from onecopy.daxemu import runtime, slots
@@ -51,7 +51,10 @@ def _cache_of(device: str, cache_size: int | str | None, policy: str | None) -> 
         raise invalid(f"policy {policy!r} for a {device} device: 'dax' is direct, 'shared' and 'per-inode' are cached")
     if device == "direct":
         return policy, 0
-    return policy, _pages(cache_size) or DEFAULT_CACHE
+    pages = _pages(cache_size)
+    if pages is not None and pages < MIN_FRAMES:
+        raise invalid(f"a cache of {pages} pages: it must have at least {MIN_FRAMES}")
+    return policy, pages or DEFAULT_CACHE
 
 
 def _pages(size: int | str | None) -> int | None:
