@@ -85,6 +85,13 @@ void frames_punch(const struct cache *c, uint64_t i, uint64_t frames)
         ;
 }
 
+/* How many frames have a page. */
+uint64_t frames_pages(const struct cache *c)
+{
+    struct stat found;
+    return fstat(c->frames_fd, &found) ? 0 : (uint64_t)found.st_blocks / (PAGE / 512);
+}
+
 /* Hold the word of frame `i`; *flags is what it says. Without `wait`, 0 when somebody alive has it. */
 int frame_hold(const struct cache *c, uint64_t i, int wait, uint64_t *flags)
 {
@@ -146,8 +153,7 @@ int frame_is_block(const struct cache *c, uint64_t i)
 /* By how many frames the limit is passed, with all that is promised. */
 uint64_t frames_over(const struct cache *c)
 {
-    struct stat found;
-    uint64_t count = fstat(c->frames_fd, &found) ? 0 : (uint64_t)found.st_blocks / (PAGE / 512);
+    uint64_t count = frames_pages(c);
     for (uint64_t user = 0; user < c->header->users && user < USERS; user++)
         count += __atomic_load_n(&c->header->promised[user], __ATOMIC_RELAXED);
     return count > c->header->limit ? count - c->header->limit : 0;
@@ -167,14 +173,12 @@ static void forget_promises(const struct cache *c)
 int frames_promise(struct cache *c, uint64_t frames)
 {
     __atomic_fetch_add(&c->header->promised[user_of(c->holder)], frames, __ATOMIC_SEQ_CST);
-    uint64_t over = frames_over(c);
-    if (!over)
-        return 1;
-    forget_promises(c);
-    if ((over = frames_over(c)))
-        frames_evict(c, over);
     if (!frames_over(c))
         return 1;
+    forget_promises(c);
+    uint64_t over = frames_over(c);
+    if (!over || !frames_evict(c, over) || !frames_over(c))
+        return 1; /* what others have been promised since they make room for */
     __atomic_fetch_add(&c->header->over, 1, __ATOMIC_RELAXED);
     return 0;
 }

@@ -94,12 +94,13 @@ uint64_t frame_came_in(const struct cache *c, uint64_t before);     /* flags of 
 void frame_left(const struct cache *c, uint64_t flags);              /* one that had these is absent now */
 void frames_punch(const struct cache *c, uint64_t i, uint64_t frames);
 int frames_write(struct cache *c, uint64_t i, uint64_t frames);     /* held, of our device */
-void frames_evict(struct cache *c, uint64_t want);                  /* as many as can be; _evict.c */
+uint64_t frames_evict(struct cache *c, uint64_t want);              /* as many as can be; returns how many could not. _evict.c */
 
 /* Filling, in _cache.c. How many frames have a page is what the frame file takes up: nothing that the dead can leave wrong. To it come
  * promises: each is made before frames get pages, and lasts until they are released. Where there are too many, others go first. */
 int frames_promise(struct cache *c, uint64_t frames); /* 0 when nothing could go, and there are too many */
 uint64_t frames_over(const struct cache *c);
+uint64_t frames_pages(const struct cache *c); /* that there are */
 void frames_unpromise(const struct cache *c, uint64_t frames);
 int frames_fill(struct cache *c, uint64_t i, uint64_t pfn, uint64_t frames); /* held, absent */
 int frames_put(const struct cache *c, uint64_t i, uint64_t frames, const char *from);

@@ -155,6 +155,15 @@ int cache_may_write(const struct cache *c, uint64_t pfn)
 
 /* -------------------------------------------------------- writing back */
 
+/* Whether some process may have the frame, held, mapped for storing: who owned it for that may have no mappers left. */
+static int may_be_stored_to(const struct cache *c, uint64_t pfn)
+{
+    uint64_t owner = __atomic_load_n(&c->owners[pfn], __ATOMIC_SEQ_CST) >> 32, any = !c->engine || owner >= *c->engine->spaces_used;
+    for (uint32_t w = 0; w < SLOTS / 64 && !any; w++)
+        any = __atomic_load_n(&c->engine->spaces[owner].mappers[w], __ATOMIC_SEQ_CST);
+    return any != 0;
+}
+
 int cache_write_back(struct cache *c, uint64_t pfn, uint64_t pages)
 {
     uint64_t flags[AHEAD], end = pfn + pages;
@@ -180,7 +189,7 @@ int cache_write_back(struct cache *c, uint64_t pfn, uint64_t pages)
             uint64_t keep = flags[n];
             if (!failed) {
                 keep_no_more(c, keep);
-                keep &= ~(keep & F_WRITABLE ? F_KEPT : F_KEPT | F_DIRTY);
+                keep &= ~(keep & F_WRITABLE && may_be_stored_to(c, pfn + n) ? F_KEPT : F_KEPT | F_DIRTY | F_WRITABLE);
             }
             frame_release(c, c->base + pfn + n, keep);
         }

@@ -107,11 +107,16 @@ static uint64_t milliseconds(void)
     return (uint64_t)t.tv_sec * 1000 + (uint64_t)t.tv_nsec / 1000000;
 }
 
-/* Whether frames that somebody may be storing to are to stay for now. Where there are far too many they are waited for, however long. */
+/* Far too many frames: who could make room is waited for, however long. */
+static int is_crowded(const struct cache *c)
+{
+    return frames_pages(c) >= c->header->limit + c->header->limit / 8;
+}
+
+/* Whether frames that somebody may be storing to are to stay for now. */
 static int is_stuck(const struct cache *c)
 {
-    return __atomic_load_n(&c->stuck, __ATOMIC_RELAXED) > milliseconds() &&
-           frames_over(c) < c->header->limit / 8;
+    return __atomic_load_n(&c->stuck, __ATOMIC_RELAXED) > milliseconds() && !is_crowded(c);
 }
 
 /* Tell all who may be storing to these frames, held: they stop. The frames are one run of a file's pages, or each its own. ETIMEDOUT. */
@@ -124,7 +129,7 @@ static int stop_stores(struct cache *c, const uint64_t *victims, uint32_t count)
         futex_wait(&c->evicting, free, 20);
         free = 0;
     }
-    long patience = frames_over(c) < c->header->limit / 8 ? PATIENCE : 0;
+    long patience = is_crowded(c) ? 0 : PATIENCE;
     for (uint32_t n = 0; n < count && !failed;) {
         uint64_t owner = c->owners[victims[n] - c->base];
         uint32_t run = 1;
@@ -244,7 +249,7 @@ static uint64_t gather(const struct cache *c, uint64_t i, uint64_t most, int lat
  * Evict `want` frames, or as many as can be, and a few more: neighbours are written and punched together. What the caller holds stays.
  * The hand is moved after the look: two processes may look at the same frames at the same time, and take different ones.
  */
-void frames_evict(struct cache *c, uint64_t want)
+uint64_t frames_evict(struct cache *c, uint64_t want)
 {
     uint64_t victims[BATCH], flags[BATCH], length = sweep_length(c), few = c->header->limit / 128;
     uint64_t more = want + (few < BATCH ? few : BATCH);
@@ -262,4 +267,5 @@ void frames_evict(struct cache *c, uint64_t want)
         want -= gone < want ? gone : want;
         more -= gone < more ? gone : more;
     }
+    return want;
 }

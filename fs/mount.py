@@ -65,18 +65,14 @@ class Mount:
 
     def _attach(self) -> None:
         self.runtime, empty = attach(self.pool, self.lock)
-        if empty:
-            self.pool.connect(empty=True)
-        elif not self._is_stale():
-            self.pool.connect(empty=False)
-        else:
-            self.runtime.close()
-            if not try_mount(self.pool.fd, exclusive=True):
-                raise not_alone(self.pool, "the pool file was replaced while processes use it; end them")
-            os.unlink(self.runtime.path)
-            self.runtime, empty = attach(self.pool, self.lock)
-            self.pool.connect(empty=empty)
         try:
+            if not empty and self._is_stale():
+                self.runtime.close()
+                if not try_mount(self.pool.fd, exclusive=True):
+                    raise not_alone(self.pool, "the pool file was replaced while processes use it; end them")
+                os.unlink(self.runtime.path)
+                self.runtime, empty = attach(self.pool, self.lock)
+            self.pool.connect(empty=empty)
             if empty:
                 self._fill()
             self._claim_slot()
@@ -103,7 +99,8 @@ class Mount:
         try:
             self._take_office(self.slot)
         except BaseException:
-            self.engine.close()
+            if hasattr(self, "engine"):  # else it could not be made
+                self.engine.close()
             self.slot.release()
             raise
 
