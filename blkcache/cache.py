@@ -14,6 +14,7 @@ import mmap
 import os
 import stat
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from onecopy.blkcache.device import BlockDevice, FileDevice
@@ -107,13 +108,16 @@ class CacheInfo:
 class CachedPersistence:
     """What is flushed is written back; a fence waits for the device."""
 
-    def __init__(self, cache: _fault.Cache, device: BlockDevice) -> None:
-        self._cache, self._device, self._pending = cache, device, False
+    def __init__(self, cache: _fault.Cache, device: BlockDevice, refused: Callable[[OSError], OSError]) -> None:
+        self._cache, self._device, self._refused, self._pending = cache, device, refused, False
 
     def flush(self, pfn: int, pages: int) -> None:
         """Write the dirty ones of these pages to the device. OSError (EIO), NoSpace."""
         self._pending = self._pending or pages > 0
-        self._cache.write_back(pfn, pages)
+        try:
+            self._cache.write_back(pfn, pages)
+        except OSError as error:
+            raise self._refused(error) from error
 
     def fence(self) -> None:
         """Wait for the media."""
@@ -176,7 +180,7 @@ class CachedPool(Pool):
         if self._limit is not None and not made:
             self.counters[CONTROL.word("limit")] = self._limit
             self.cache.shrink()
-        self.persistence = CachedPersistence(self.cache, self.device)
+        self.persistence = CachedPersistence(self.cache, self.device, self._host_full)
 
     def _unwatched(self, error: OSError) -> OSError:
         if error.errno not in (errno.EPERM, errno.ENOSYS, errno.EINVAL):
@@ -260,6 +264,10 @@ class CachedPool(Pool):
         """Let the device's host keep room for frames [pfn, pfn + pages), where it can. NoSpace."""
         if stat.S_ISREG(self.status.st_mode):
             super().back(pfn, pages)
+
+    def forget(self, pfn: int, pages: int) -> None:
+        """Let go of what frames take up in memory; the device's blocks stay as they are."""
+        self.cache.drop(pfn, pages)
 
     def punch(self, pfn: int, pages: int) -> None:
         """Forget frames, in the cache and on the device."""

@@ -75,6 +75,7 @@ struct cache {
     int failed;        /* errno of the last block that could not be read for the pool's own mapping; and which */
     uint64_t failed_block;
     uint32_t evicting;
+    int closed;
     int child_fd;
     uint32_t child_holder;
 };
@@ -120,6 +121,7 @@ void cache_in_child(struct cache *c);     /* at fork: this process is one of its
 /* _guard.c: the caches of this process */
 void caches_add(struct cache *c);
 void caches_remove(struct cache *c);
+void caches_without(struct engine *e);    /* it is about to be closed: what is evicted from now on, is without it */
 struct cache *cache_around(const char *address); /* whose pool is mapped there; under the guard */
 
 #endif
