@@ -227,6 +227,8 @@ class Frames:
             return False
         self.room -= pages
         reach("frame taken")
+        if self.pool.cached:  # it is stored long before it is written: what can't be is to be said now
+            self.pool.back(pfn, pages)
         return True
 
     def adopt(self, runs: list[Run]) -> None:

@@ -89,6 +89,7 @@ static uint64_t sweep_place(const struct cache *c, uint64_t position, uint64_t *
 }
 
 #define BATCH 32u
+#define REFUSALS 4
 
 /* Tell all who may be storing to these frames, held: they stop. The frames are one run of a file's pages, or each its own. */
 static void stop_stores(struct cache *c, const uint64_t *victims, uint32_t count)
@@ -202,6 +203,7 @@ void frames_evict(struct cache *c, uint64_t want)
 {
     uint64_t victims[BATCH], flags[BATCH], length = sweep_length(c), few = c->header->limit / 128;
     uint64_t more = want + (few < BATCH ? few : BATCH);
+    int refused = 0;
     for (uint64_t swept = 0; want && swept < LAPS * length;) {
         uint64_t left, position = __atomic_load_n(&c->header->hand, __ATOMIC_SEQ_CST) % length, i = sweep_place(c, position, &left);
         uint32_t count, gone;
@@ -213,6 +215,8 @@ void frames_evict(struct cache *c, uint64_t want)
         if (!count)
             continue;
         gone = count - let_go(c, victims, flags, count);
+        if (!gone && ++refused == REFUSALS)
+            break; /* the device takes nothing */
         want -= gone < want ? gone : want;
         more -= gone < more ? gone : more;
     }
