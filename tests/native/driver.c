@@ -137,7 +137,7 @@ static void worker(uint64_t seed)
         _exit(0);
     become((uint32_t)slot);
     CHECK("service_start", !service_start(&engine), 0, 0, 0);
-    CHECK("handler_install", !handler_install(), 0, 0, 0);
+    CHECK("handler_install", !handler_install(SIGSEGV), 0, 0, 0);
     begin();
     map_for(engine.slot, 1);
     map_all();
