@@ -49,9 +49,9 @@ def policy(request: pytest.FixtureRequest, _policy: None) -> Iterator[str]:
     global _in_force
     before = _in_force
     _in_force = getattr(request, "param", before)
-    reason = request.node.get_closest_marker("dax_only")
-    if reason is not None and _in_force != "dax":
-        pytest.skip(f"policy {_in_force}: {reason.args[0]}")
+    wanted = request.node.get_closest_marker("policies")
+    if wanted is not None and _in_force not in wanted.args:
+        pytest.skip(f"policy {_in_force}: {wanted.kwargs['reason']}")
     yield _in_force
     _in_force = before
 

@@ -206,7 +206,7 @@ def test_a_full_pool_can_be_synced_closed_and_opened(crowded):
     crowded.write("/last", bytes(10 * PAGE))
 
 
-@pytest.mark.dax_only("the limit would be one for the cache's files")
+@pytest.mark.policies("dax", reason="the limit would be one for the cache's files")
 def test_limits_of_the_host_are_limits_of_the_pool(in_child, new_path):
     """The host's file system gives no more: the pool says ENOSPC, not SIGBUS, and goes on when there is room again."""
     import resource

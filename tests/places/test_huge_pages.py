@@ -11,7 +11,7 @@ import pytest
 
 import onecopy
 
-pytestmark = pytest.mark.dax_only("huge pages are the pool file's; a cache has small ones")
+pytestmark = pytest.mark.policies("dax", reason="huge pages are the pool file's; a cache has small ones")
 
 MiB = 1 << 20
 HUGE = 2 * MiB
