@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+FILE_SYSTEM := $(addprefix tests/,bad_input fs mapped model multiproc places trees)
 
-.PHONY: help demo test test-slow check format lint types stress bench figures docs clean
+.PHONY: help demo test test-policies test-slow check format lint types stress bench figures docs clean
 help:            ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/: .*##/\t/' | expand -t 14
 
@@ -18,6 +19,9 @@ demo: $(STAMP)   ## the main job on real input: clones mapped by many processes,
 
 test: $(STAMP)   ## the default tests (under 10 minutes on two cores)
 	$(BIN)/pytest -m "not slow"
+
+test-policies: $(STAMP)  ## all tests of the file system on pools behind a cache, by both policies
+	for policy in shared per-inode; do $(BIN)/pytest -m "not slow" --policy $$policy $(FILE_SYSTEM) || exit; done
 
 test-slow: $(STAMP)  ## the long ones: a million extents, 2^20 references, every kill point
 	$(BIN)/pytest -m slow

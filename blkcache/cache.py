@@ -14,6 +14,7 @@ import mmap
 import os
 import stat
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from onecopy.blkcache.device import BlockDevice, FileDevice
@@ -108,13 +109,16 @@ class CacheInfo:
 class CachedPersistence:
     """What is flushed is written back; a fence waits for the device."""
 
-    def __init__(self, cache: _fault.Cache, device: BlockDevice) -> None:
-        self._cache, self._device, self._pending = cache, device, False
+    def __init__(self, cache: _fault.Cache, device: BlockDevice, refused: Callable[[OSError], OSError]) -> None:
+        self._cache, self._device, self._refused, self._pending = cache, device, refused, False
 
     def flush(self, pfn: int, pages: int) -> None:
         """Write the dirty ones of these pages to the device. OSError (EIO), NoSpace."""
         self._pending = self._pending or pages > 0
-        self._cache.write_back(pfn, pages)
+        try:
+            self._cache.write_back(pfn, pages)
+        except OSError as error:
+            raise self._refused(error) from error
 
     def fence(self) -> None:
         """Wait for the media."""
@@ -190,7 +194,7 @@ class CachedPool(Pool):
         if self._limit is not None and not made:
             self.counters[CONTROL.word("limit")] = self._limit
             self.cache.shrink()
-        self.persistence = CachedPersistence(self.cache, self.device)
+        self.persistence = CachedPersistence(self.cache, self.device, self._host_full)
 
     def _unwatched(self, error: OSError) -> OSError:
         if error.errno not in (errno.EPERM, errno.ENOSYS, errno.EINVAL):
@@ -203,7 +207,8 @@ class CachedPool(Pool):
     def _lost(self, base: str) -> RuntimeLost:
         return RuntimeLost(
             f"{base}.cache and .frames do not have what the pool's users have, or the last of them had, in memory: they were "
-            f"deleted, or another cache was used (name it: cache=...); deleting {runtime_paths(self)[0]} goes back to the last sync",
+            f"deleted, or another cache was used (name it: cache=...); deleting {runtime_paths(self)[0]} goes back to the "
+            "last sync",
             path=self.path,
         )
 
@@ -228,7 +233,8 @@ class CachedPool(Pool):
         values = [MAGIC, LAYOUT, limit, *[0] * 10, b"", b"", b"", b"", b"", b"", b""]
         if os.fstat(frames).st_blocks:  # else somebody died over these lines
             raise RuntimeLost(
-                f"/dev/shm has a cache's .frames without its .cache ({self._name}): delete that, when nobody uses it", path=self.path
+                f"/dev/shm has a cache's .frames without its .cache ({self._name}): delete that, when nobody uses it",
+                path=self.path,
             )
         for fd, size in ((frames, DEVICES * SPAN * PAGE), (control, _SIZE)):
             os.fchmod(fd, (self.status.st_mode & 0o666) | 0o600)
@@ -284,6 +290,10 @@ class CachedPool(Pool):
         """Let the device's host keep room for frames [pfn, pfn + pages), where it can. NoSpace."""
         if stat.S_ISREG(self.status.st_mode):
             super().back(pfn, pages)
+
+    def forget(self, pfn: int, pages: int) -> None:
+        """Let go of what frames take up in memory; the device's blocks stay as they are."""
+        self.cache.drop(pfn, pages)
 
     def punch(self, pfn: int, pages: int) -> None:
         """Forget frames, in the cache and on the device."""

@@ -11,6 +11,7 @@ lock after a death: runs of data frames in the taken log, nodes by the generatio
 so nothing names them.
 """
 
+from collections.abc import Callable
 from operator import itemgetter
 from typing import TypeVar
 
@@ -226,6 +227,8 @@ class Frames:
             return False
         self.room -= pages
         reach("frame taken")
+        if self.pool.cached:  # it is stored long before it is written: what can't be is to be said now
+            self.pool.back(pfn, pages)
         return True
 
     def adopt(self, runs: list[Run]) -> None:
@@ -331,9 +334,7 @@ class Frames:
 
         `faults`: files are mapped for storing; then more are kept, where faults look first.
         """
-        if self.pool.cached:
-            keep = 0  # what is free is not to take up any of the cache
-        elif faults:
+        if faults and not self.pool.cached:
             keep = max(keep, min(self.pool.frames // _KEEP_PART, _KEEP_MOST))
         self.array[self.array == _TAKING] = BACKED  # of one who died right here
         backed = self.array == BACKED
@@ -344,11 +345,17 @@ class Frames:
                 self.runtime.words[self.runtime.layout.counters // 8 + COUNTERS.word("hint")] = int(spare[0])
         if self.pool.huge_pages:
             self._round_to_huge_pages(backed)
-        edges = np.flatnonzero(np.diff(backed, prepend=False, append=False)).tolist()
+        self._let_go(backed, self.pool.punch, 0)
+        if self.pool.cached:  # the last ones keep their blocks, and with them what was durable one sync before, but no memory
+            self._let_go(self.array == BACKED, self.pool.forget, BACKED)
+
+    def _let_go(self, frames: npt.NDArray[np.bool_], how: Callable[[int, int], None], state: int) -> None:
+        """Let go of the storage of free frames, which get `state` then."""
+        edges = np.flatnonzero(np.diff(frames, prepend=False, append=False)).tolist()
         for first, end in zip(edges[::2], edges[1::2], strict=True):
             if self.engine.claim(first, end - first, _TAKING):  # else a fault was faster: at the next sync
-                self.pool.punch(first, end - first)
-                self.array[first:end] = 0
+                how(first, end - first)
+                self.array[first:end] = state
 
     def _round_to_huge_pages(self, backed: npt.NDArray[np.bool_]) -> None:
         """Of the huge pages that are free as a whole, have all of `backed` punched or nothing.

@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 static __thread char *beyond; /* the last touch behind the end of a file: the second one is the program's */
+static __thread char *unknown; /* the last one of nothing of ours; also of a cache that was closed at that moment: the same */
 
 static size_t put_text(char *line, size_t at, const char *text)
 {
@@ -175,8 +176,12 @@ int absent(char *address)
          * is a SIGBUS, once it is mapped so: the next one. */
         beyond = word & BEYOND ? address : NULL;
         failed = map_around(r, page);
-    } else
+    } else {
         beyond = NULL;
+        if (!r && unknown != address)
+            failed = 0;
+        unknown = failed ? NULL : address;
+    }
     guard_unlock();
     fault_leave();
     return failed;

@@ -81,6 +81,7 @@ struct cache {
     uint64_t failed_block;
     uint32_t evicting;
     uint64_t stuck;    /* ms: until then nobody is asked to stop storing, as somebody did not answer */
+    int closed;
     int child_fd;
     uint32_t child_holder;
 };
@@ -132,6 +133,7 @@ void cache_in_child(struct cache *c);     /* at fork: this process is one of its
 /* _guard.c: the caches of this process */
 void caches_add(struct cache *c);
 void caches_remove(struct cache *c);
+void caches_without(struct engine *e);    /* it is about to be closed: what is evicted from now on, is without it */
 struct cache *cache_around(const char *address); /* whose pool is mapped there; under the guard */
 
 #endif

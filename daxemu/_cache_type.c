@@ -51,6 +51,7 @@ static int reopen_control(struct cache *c)
 static void cache_close_all(Cache *self)
 {
     struct cache *c = &self->cache;
+    self->closed = 1;
     caches_remove(c);
     if (c->engine)
         c->engine->cache = NULL;
@@ -80,7 +81,6 @@ static void cache_close_all(Cache *self)
     if (self->pool.obj)
         PyBuffer_Release(&self->pool);
     Py_CLEAR(self->device);
-    self->closed = 1;
 }
 
 static PyObject *cache_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
@@ -188,14 +188,17 @@ static struct cache *frames_of(PyObject *object, PyObject *args, unsigned long l
     return c;
 }
 
-/* Signals are blocked while frames are held: a handler that touches an absent frame would wait for its own thread. */
+/* Signals are blocked while frames are held: a handler that touches an absent frame would wait for its own thread. Another thread may
+ * have closed the cache in the meantime. */
 #define QUIETLY(statement) \
     do { \
         sigset_t before; \
         Py_BEGIN_ALLOW_THREADS \
         block_signals(&before); \
         fault_enter(); \
-        statement; \
+        if (!c->closed) { \
+            statement; \
+        } \
         fault_leave(); \
         restore_signals(&before); \
         Py_END_ALLOW_THREADS \
@@ -210,7 +213,7 @@ static PyObject *cache_fetch(PyObject *object, PyObject *args)
         return NULL;
     QUIETLY(for (uint64_t n = 0; n < pages && !failed; n++)
                 failed = cache_need(c, c->base + pfn + n, pfn + n, pages - n, NULL));
-    return result(failed);
+    return cache_of(object) ? result(failed) : NULL;
 }
 
 static PyObject *cache_store_bytes(PyObject *object, PyObject *args)

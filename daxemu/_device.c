@@ -237,3 +237,13 @@ void device_stall(struct conditions *c, int on)
     if (!on)
         futex_wake(&c->stalled);
 }
+
+int device_reserve(const struct device *d, uint64_t block, uint64_t blocks)
+{
+    for (;;) {
+        if (!fallocate(LOAD(d->fd), 0, (off_t)(block * DEVICE_BLOCK), (off_t)(blocks * DEVICE_BLOCK)))
+            return 0;
+        if (errno != EINTR)
+            return errno == ENOSPC || errno == EDQUOT || errno == EFBIG ? ENOSPC : 0;
+    }
+}

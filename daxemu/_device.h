@@ -59,6 +59,8 @@ int device_write(const struct device *d, uint64_t block, uint64_t blocks, const 
 int device_flush(const struct device *d); /* writes that are done are durable: fdatasync */
 /* The blocks' content is of no interest: they read as zeros, or as before. Where the device can't, nothing happens, and that is 0. */
 int device_discard(const struct device *d, uint64_t block, uint64_t blocks);
+/* The blocks can be written, whatever else comes to lie on the device's host: ENOSPC says no. Where blocks are always there, 0. */
+int device_reserve(const struct device *d, uint64_t block, uint64_t blocks);
 void device_stall(struct conditions *c, int on);
 
 #endif

@@ -2,6 +2,8 @@
 #define _GNU_SOURCE
 #include "_module.h"
 
+#include "_cache.h"
+
 #include <errno.h>
 #include <stdlib.h>
 #include <sys/mman.h>
@@ -94,6 +96,7 @@ static void engine_drop(Engine *self)
         service_stop(e);
         Py_END_ALLOW_THREADS
         engines_remove(e);
+        caches_without(e);
         for (uint32_t space = 0; space < SPACES; space++)
             if (e->window[space])
                 munmap(e->window[space], LOCKS + MAX_PAGES * 8);

@@ -99,6 +99,7 @@ static uint64_t sweep_place(const struct cache *c, uint64_t position, uint64_t *
 #define BATCH 32u
 #define PATIENCE 300  /* ms that a process may take to stop storing; it may have been stopped itself */
 #define ASK_AGAIN 1000 /* ms after which one that did not is asked again */
+#define REFUSALS 4
 
 static uint64_t milliseconds(void)
 {
@@ -253,6 +254,7 @@ uint64_t frames_evict(struct cache *c, uint64_t want)
 {
     uint64_t victims[BATCH], flags[BATCH], length = sweep_length(c), few = c->header->limit / 128;
     uint64_t more = want + (few < BATCH ? few : BATCH);
+    int refused = 0;
     for (uint64_t swept = 0; want && swept < LAPS * length;) {
         uint64_t left, position = __atomic_load_n(&c->header->hand, __ATOMIC_SEQ_CST) % length, i = sweep_place(c, position, &left);
         uint32_t count, gone;
@@ -264,6 +266,8 @@ uint64_t frames_evict(struct cache *c, uint64_t want)
         if (!count)
             continue;
         gone = count - let_go(c, victims, flags, count);
+        if (!gone && ++refused == REFUSALS)
+            break; /* the device takes nothing */
         want -= gone < want ? gone : want;
         more -= gone < more ? gone : more;
     }

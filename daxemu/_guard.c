@@ -7,6 +7,7 @@
 #include <limits.h>
 #include <linux/futex.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
@@ -104,12 +105,23 @@ void fault_leave(void)
         futex_wake(&inflight);
 }
 
-static void before_fork(void)
+static void close_gate(void)
 {
     for (uint32_t open = 0; !__atomic_compare_exchange_n(&gate, &open, 1, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST); open = 0)
         futex_wait(&gate, 1, 0); /* another thread forks */
     for (uint32_t left; (left = __atomic_load_n(&inflight, __ATOMIC_SEQ_CST));)
         futex_wait(&inflight, left, 10);
+}
+
+static void open_gate(void)
+{
+    __atomic_store_n(&gate, 0, __ATOMIC_SEQ_CST);
+    futex_wake(&gate);
+}
+
+static void before_fork(void)
+{
+    close_gate();
     for (struct engine *e = engines; e; e = e->next)
         for (uint32_t space = 0; e->child_slot >= 0 && space < *e->spaces_used; space++) {
             uint64_t *mappers = e->spaces[space].mappers;
@@ -119,11 +131,10 @@ static void before_fork(void)
     guard_lock(); /* last, and only for the fork itself: until now our service thread answers those we wait for */
 }
 
-static void open_gate(void)
+static void after_fork(void)
 {
     guard_unlock();
-    __atomic_store_n(&gate, 0, __ATOMIC_SEQ_CST);
-    futex_wake(&gate);
+    open_gate();
 }
 
 static void in_parent(void)
@@ -139,7 +150,7 @@ static void in_parent(void)
             close(c->child_fd);
         c->child_fd = -1;
     }
-    open_gate();
+    after_fork();
 }
 
 static void in_child(void)
@@ -156,7 +167,7 @@ static void in_child(void)
     for (struct cache *c = caches; c; c = c->next)
         cache_in_child(c);
     inflight = 0; /* a thread that only looked at the gate is not here to leave */
-    open_gate();
+    after_fork();
 }
 
 /*
@@ -216,16 +227,36 @@ void caches_add(struct cache *c)
     guard_leave(&before);
 }
 
+/* Where its frames were there are zeros from now on: somebody may still be reading there, without a lock, and is told afterwards that
+ * the handle is closed. Watched by nobody, frames that are absent would get pages of zeros, for all processes. */
 void caches_remove(struct cache *c)
 {
     sigset_t before;
-    guard_enter(&before);
+    block_signals(&before);
+    close_gate();
+    guard_lock();
     for (struct cache **at = &caches; *at; at = &(*at)->next)
         if (*at == c) {
             *at = c->next;
+            c->closed = 1;
+            mmap(c->pool, c->frames * PAGE, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
             break;
         }
-    guard_leave(&before);
+    guard_unlock();
+    open_gate();
+    restore_signals(&before);
+}
+
+void caches_without(struct engine *e)
+{
+    sigset_t before;
+    block_signals(&before);
+    close_gate();
+    if (e->cache)
+        e->cache->engine = NULL;
+    e->cache = NULL;
+    open_gate();
+    restore_signals(&before);
 }
 
 struct cache *cache_around(const char *address)

@@ -225,6 +225,9 @@ class Pool:
         except OSError as error:
             raise self._host_full(error) from error
 
+    def forget(self, pfn: int, pages: int) -> None:
+        """Let go of what frames take up in memory beside the device: nothing, where the device is the memory."""
+
     def punch(self, pfn: int, pages: int) -> None:
         """Give the storage of frames [pfn, pfn + pages) back to the host; they read as zeros."""
         fallocate(self.fd, _FALLOC_PUNCH_HOLE | _FALLOC_KEEP_SIZE, pfn * PAGE, pages * PAGE)

@@ -14,7 +14,7 @@ import numpy as np
 
 from onecopy.blkcache.spaces import BEYOND, PFN_MASK
 from onecopy.daxemu import _fault
-from onecopy.daxemu.errors import NoSpace, posix
+from onecopy.daxemu.errors import NoSpace, OneCopyError, posix
 from onecopy.daxemu.mapping import Mapping, Run
 from onecopy.daxemu.units import pages_of
 from onecopy.fs import content, extents
@@ -103,7 +103,11 @@ class Maps:
         self.spaces.lengthen(index, pages)
         have, length = self.spaces.pages(index), self.spaces.length(index)
         if (writable or have) and have < length:
-            self.spaces.enter(index, have, entry_words(view, inode, length)[have:])
+            try:
+                words = entry_words(view, inode, length)
+            except MemoryError as error:
+                raise OneCopyError(f"no memory for the entries of {length} pages", code=errno.ENOMEM) from error
+            self.spaces.enter(index, have, words[have:])
 
     def _attach(self, index: int) -> None:
         self.count[index] = self.count.get(index, 0) + 1

@@ -8,32 +8,52 @@ from typing import Any
 import pytest
 
 import onecopy
+from onecopy.daxemu.pool import POLICIES
+from onecopy.fs import lifecycle
 
 SHM = "/dev/shm"
 _CACHE = 1024  # pages: less than most tests store
+_policies = ["dax"]  # the last one is in force
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """`--policy shared`: pools that tests make in their own process are used through a small cache."""
-    parser.addoption("--policy", choices=("dax", "shared", "per-inode"), default="dax", help="of the pools that tests make")
+    parser.addoption(
+        "--policy", choices=POLICIES, help="of the pools that tests make; dax, and of some tests all, when left out"
+    )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Tests marked `every_policy` run once for each, unless one is asked for."""
+    if metafunc.config.getoption("--policy") is None and metafunc.definition.get_closest_marker("every_policy"):
+        metafunc.fixturenames.append("policy")
+        metafunc.parametrize("policy", POLICIES, indirect=True)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _policy(request: pytest.FixtureRequest) -> Iterator[None]:
-    policy = request.config.getoption("--policy")
-    if policy == "dax":
-        yield
-        return
-    from onecopy.fs import lifecycle
-
+    """What is formatted without a word about a device gets the policy in force."""
+    _policies.append(request.config.getoption("--policy") or "dax")
     plain = lifecycle._cache_of
+
+    def cached(*wanted: Any) -> tuple[str, int]:
+        return (_policies[-1], _CACHE) if _policies[-1] != "dax" and wanted == (None, None, None) else plain(*wanted)
+
     with pytest.MonkeyPatch.context() as patch:
-
-        def cached(*wanted: Any) -> tuple[str, int]:
-            return (policy, _CACHE) if wanted == (None, None, None) else plain(*wanted)
-
         patch.setattr(lifecycle, "_cache_of", cached)
         yield
+
+
+@pytest.fixture(autouse=True)
+def policy(request: pytest.FixtureRequest, _policy: None) -> Iterator[str]:
+    """The policy of the pools that this test makes in its own process."""
+    now = getattr(request, "param", _policies[-1])
+    wanted = request.node.get_closest_marker("policies")
+    if wanted is not None and now not in wanted.args:
+        pytest.skip(f"policy {now}: {wanted.kwargs['reason']}")
+    _policies.append(now)
+    yield now
+    _policies.pop()
 
 
 def forget(path: str) -> None:

@@ -91,7 +91,7 @@ def test_one_flipped_bit_in_the_pool_header(media, workout, field, error):
 
 # What is damaged beneath a checksum that is right, and the finding or error that it must lead to.
 _MENDED = [
-    ("pool header", "version", 2, "PoolVersionError"),
+    ("pool header", "version", lambda version: version + 1, "PoolVersionError"),
     ("pool header", "page_size", 8192, "CorruptRecord"),
     ("pool header", "frames", 0, "CorruptRecord"),
     ("pool header", "frames", lambda frames: frames + 1, "NotAPool"),

@@ -9,6 +9,7 @@ import socket
 import pytest
 
 import onecopy
+from onecopy.daxemu.pool import VERSION
 
 PAGE = onecopy.PAGE
 NOBODY = 65534
@@ -98,7 +99,7 @@ def test_a_pool_that_grew_is_the_pool_it_was(formatted):
         assert fs.check().findings == []
 
 
-@pytest.mark.parametrize("version", [0, 2, (1 << 32) - 1])
+@pytest.mark.parametrize("version", [0, VERSION - 1, VERSION + 1, (1 << 32) - 1])
 @pytest.mark.parametrize("use", [onecopy.open, onecopy.check])
 def test_another_version(formatted, use, version):
     with open(formatted, "r+b") as file:

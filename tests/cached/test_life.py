@@ -108,7 +108,7 @@ def test_a_pool_that_nobody_uses_any_more_leaves_room(pools, start, name):
 
 
 def test_one_pool_fills_the_cache_with_dirty_frames(pools, start, name):
-    """The other pool's user can't write them back: the limit is passed, which is counted, by little; until the first one syncs."""
+    """The other pool's user can't write them back: the limit is passed by little, which is counted; until the first syncs."""
     first, second = (begin(start, path, cache=name, cache_size="1M") for path in pools)
     first.ask(("map", "/a", "r+"))
     for page in range(256):

@@ -6,6 +6,8 @@ import pytest
 
 import onecopy
 
+pytestmark = pytest.mark.every_policy
+
 PAGE = onecopy.PAGE
 HIGH = 1 << 61  # as high as an offset gets is twice that
 

@@ -6,6 +6,8 @@ import pytest
 
 import onecopy
 
+pytestmark = pytest.mark.every_policy
+
 PAGE = onecopy.PAGE
 FALLOC = ["allocate", "collapse", "punch", "insert", "zero"]
 

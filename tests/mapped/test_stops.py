@@ -164,7 +164,7 @@ def test_stopped_in_a_store(scene, step):
     finish(path, model)
 
 
-@pytest.mark.parametrize("step", steps.NATIVE[7:])
+@pytest.mark.parametrize("step", steps.NATIVE[7:11])
 def test_stopped_in_a_commit(scene, step):
     path, make = scene
     victim, writer, reader = make(), make(), make(mode="r")

@@ -10,6 +10,8 @@ import onecopy
 
 from .common import PAGE, assert_all_ended, content, counter
 
+pytestmark = pytest.mark.every_policy
+
 PAGES = 40
 
 

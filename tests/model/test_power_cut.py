@@ -27,15 +27,17 @@ class Media:
         self.flushed: set[int] = set()
         self.superblocks = 0
         self._store, self.pool.store = self.pool.store, self.store
-        self.pool.persistence = self
+        self._persistence, self.pool.persistence = self.pool.persistence, self
 
     def flush(self, pfn: int, pages: int) -> None:
+        self._persistence.flush(pfn, pages)
         self.flushed.update(range(pfn, pfn + pages))
 
     def fence(self) -> None:
         pfns = list(self.flushed)
         self.durable[pfns] = self.words[pfns]
         self.flushed.clear()
+        self._persistence.fence()
 
     def store(self, offset: int, data) -> None:
         """The pool's `store`. Before a superblock is stored, all that it names is on media (S7)."""

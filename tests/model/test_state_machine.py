@@ -12,7 +12,7 @@ import random
 import secrets
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import pytest
 from hypothesis import HealthCheck, assume, note, settings
@@ -149,6 +149,7 @@ class Machine(RuleBasedStateMachine):
     """A pool and its model."""
 
     size = "16M"
+    kind: ClassVar[dict[str, str]] = {}
     may_fill_up = False
     reclaim_at = mount._RECLAIM_AT
 
@@ -163,7 +164,7 @@ class Machine(RuleBasedStateMachine):
     @initialize()
     def begin(self) -> None:
         mount._RECLAIM_AT = self.reclaim_at
-        onecopy.format(self.path, self.size)
+        onecopy.format(self.path, self.size, **self.kind)
         self.hands = [Distant(self.path, [])]
         self.hands = [Hands(self.path), Hands(self.path), *self.hands]
         for call in START:
@@ -456,6 +457,18 @@ class FullMachine(Machine):
     reclaim_at = 1  # frames are used again as soon as they may be
 
 
+class SharedMachine(Machine):
+    """The same through a cache that is smaller than the pool."""
+
+    kind: ClassVar[dict[str, str]] = {"device": "cached", "cache_size": "1M", "policy": "shared"}
+
+
+class PerInodeMachine(Machine):
+    """The same through one that keeps each file's pages for itself."""
+
+    kind: ClassVar[dict[str, str]] = {"device": "cached", "cache_size": "1M", "policy": "per-inode"}
+
+
 def run_of(machine: type[Machine], examples: int, steps: int, *, random: bool = False) -> type:
     """Return the test case of a machine, so many examples of so many steps; the same ones each time, or random."""
     case = machine.TestCase
@@ -472,5 +485,9 @@ def run_of(machine: type[Machine], examples: int, steps: int, *, random: bool = 
 
 TestPool = run_of(Machine, 40, 40)
 TestFullPool = run_of(FullMachine, 20, 40)
+TestSharedPool = run_of(SharedMachine, 15, 40)
+TestPerInodePool = run_of(PerInodeMachine, 15, 40)
 TestPoolLong = pytest.mark.slow(run_of(type("LongMachine", (Machine,), {}), 3000, 80, random=True))
 TestFullPoolLong = pytest.mark.slow(run_of(type("LongFullMachine", (FullMachine,), {}), 1500, 80, random=True))
+TestSharedPoolLong = pytest.mark.slow(run_of(type("LongSharedMachine", (SharedMachine,), {}), 1500, 80, random=True))
+TestPerInodePoolLong = pytest.mark.slow(run_of(type("LongPerInodeMachine", (PerInodeMachine,), {}), 1500, 80, random=True))

@@ -11,6 +11,7 @@ import onecopy
 
 PAGE = onecopy.PAGE
 PAGES = 300
+is_shared = pytest.mark.policies("dax", "shared", reason="each inode has pages of its own: that is what it is there for")
 
 
 def physical_frames(mapping: onecopy.Mapping) -> list[int]:
@@ -76,6 +77,7 @@ def test_frames_of_the_pool_are_the_same(clones):
         assert len(set(base.pfns.tolist())) == PAGES
 
 
+@is_shared
 @pytest.mark.skipif(not kernel_tells(), reason="needs the right to see physical frame numbers")
 def test_two_processes_share_the_physical_frames(clones, look):
     first, second = look("/one", physical_frames), look("/two", physical_frames)
@@ -90,6 +92,7 @@ def test_two_processes_share_the_physical_frames(clones, look):
     assert third.ask(True) == moved and first.ask(True) == frames
 
 
+@is_shared
 @pytest.mark.skipif(not kernel_tells(), reason="needs the right to see physical frame numbers")
 def test_a_store_moves_a_page_of_one_clone_for_all_who_map_it(clones, look):
     first, second = look("/one", physical_frames), look("/two", physical_frames)
@@ -102,6 +105,7 @@ def test_a_store_moves_a_page_of_one_clone_for_all_who_map_it(clones, look):
         assert physical_frames(mapping) == moved and first.ask(True) == frames
 
 
+@is_shared
 def test_memory_is_paid_for_by_all_together(clones, look):
     """Without privileges: the kernel divides each page among those who map it."""
     users = [look(path, lambda mapping: (memory(mapping), mapping[:])[0]) for path in ("/base", "/one", "/two")]

@@ -11,6 +11,8 @@ import pytest
 
 import onecopy
 
+pytestmark = pytest.mark.policies("dax", reason="huge pages are the pool file's; a cache has small ones")
+
 MiB = 1 << 20
 HUGE = 2 * MiB
 
