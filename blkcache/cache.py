@@ -18,10 +18,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from onecopy.blkcache.device import BlockDevice, FileDevice
-from onecopy.daxemu import _fault, runtime
+from onecopy.daxemu import _fault
 from onecopy.daxemu.errors import NoSpace, OneCopyError, PoolBusy, RuntimeLost, invalid
 from onecopy.daxemu.locks import open_private, reopen
-from onecopy.daxemu.pool import POLICIES, Pool, release
+from onecopy.daxemu.persist import Volatile
+from onecopy.daxemu.pool import Pool, release
 from onecopy.daxemu.record import Record
 from onecopy.daxemu.runtime import FOLDER, runtime_paths
 from onecopy.daxemu.units import PAGE
@@ -394,6 +395,9 @@ class CachedPool(Pool):
     def close(self, *, unlock: bool = True) -> None:
         """Unmap and close; what was not written back stays in the cache."""
         cache = getattr(self, "cache", None)
+        self.persistence = (
+            Volatile()
+        )  # the other one knows us: an error may look into what goes now
         if cache is not None:
             release(self.counters, self.header)
             release(self.words, self.bytes)
@@ -405,52 +409,3 @@ class CachedPool(Pool):
         if unlock:
             fcntl.flock(self.fd, fcntl.LOCK_UN)
         os.close(self.fd)
-
-
-def policy_in_use(pool: Pool) -> str | None:
-    """Return the policy that the pool's run-time file was made for; None when there is none."""
-    try:
-        with open(runtime_paths(pool)[0], "rb") as file:
-            header = runtime.HEADER.unpack(file.read(runtime.HEADER.size).ljust(runtime.HEADER.size, b"\0"))
-    except (FileNotFoundError, PermissionError):
-        return None
-    return POLICIES[header["policy"]] if header["magic"] == runtime.MAGIC and header["layout"] == runtime.LAYOUT else None
-
-
-@dataclass(frozen=True)
-class CacheOptions:
-    """How a pool is to be opened: None is as it is in use already, or else as its header says. `limit`: pages."""
-
-    policy: str | None = None
-    limit: int | None = None
-    name: str | None = None
-    device: BlockDevice | None = None
-
-
-NO_OPTIONS = CacheOptions()
-
-
-def open_pool(path: str, *, writable: bool, options: CacheOptions) -> Pool:
-    """Open the pool at `path` as `options` say. PoolBusy when it is in use otherwise; what Pool raises."""
-    pool = Pool(path, writable=writable)
-    try:
-        policy, pages = pool.wanted
-        in_use = policy_in_use(pool)
-        policy = options.policy or ("shared" if options.device is not None and policy == "dax" else in_use or policy)
-        if policy not in POLICIES:
-            raise invalid(f"policy {policy!r}: say {', '.join(POLICIES)}", path)
-        if in_use not in (None, policy):
-            raise PoolBusy(f"processes have the pool open with policy {in_use!r}; 'onecopy info' lists them", path=path)
-    except BaseException:
-        pool.close()
-        raise
-    if policy == "dax":
-        return pool
-    pool.close()
-    limit = options.limit
-    if limit is not None and limit < MIN_FRAMES:
-        raise invalid(f"a cache of {limit} pages: it must have at least {MIN_FRAMES}", path)
-    return CachedPool(
-        pool.path, writable=writable, policy=policy, limit=limit, name=options.name, device=options.device,
-        default=max(pages, MIN_FRAMES) if pages else DEFAULT_CACHE,
-    )  # fmt: skip

@@ -81,7 +81,7 @@ struct cache {
     uint64_t failed_block;
     uint32_t evicting;
     uint64_t stuck;    /* ms: until then nobody is asked to stop storing, as somebody did not answer */
-    int closed;
+    int closed, read_only; /* the device, for us: what is dirty is others' to evict */
     int child_fd;
     uint32_t child_holder;
 };

@@ -7,6 +7,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -111,6 +112,7 @@ static PyObject *cache_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
         goto fail;
     self->device = Py_NewRef(device);
     c->device = *native;
+    c->read_only = (fcntl(native->fd, F_GETFL) & O_ACCMODE) == O_RDONLY;
     c->base = number * SPAN;
     c->pool = self->pool.buf;
     c->frames = (uint64_t)self->pool.len / PAGE;

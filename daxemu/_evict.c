@@ -214,7 +214,7 @@ static int is_ours_to_evict(const struct cache *c, uint64_t i, uint64_t flags)
 {
     if (!(flags & F_RESIDENT) || flags & F_KEPT)
         return 0;
-    return !(flags & F_DIRTY) || (frame_is_block(c, i) && (!(flags & F_WRITABLE) || (c->engine && !is_stuck(c))));
+    return !(flags & F_DIRTY) || (!c->read_only && frame_is_block(c, i) && (!(flags & F_WRITABLE) || (c->engine && !is_stuck(c))));
 }
 
 /* Look at frames from `i` on, until `want` are held, or `most` have been looked at; returns how many. */

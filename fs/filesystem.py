@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from onecopy.blkcache.cache import NO_OPTIONS, CachedPool, CacheInfo, CacheOptions
+from onecopy.blkcache.cache import CachedPool, CacheInfo
 from onecopy.blkcache.frames import PINNED, USED
+from onecopy.blkcache.options import NO_OPTIONS, CacheOptions
 from onecopy.daxemu import slots
 from onecopy.daxemu.errors import OneCopyError, ReadOnly, invalid, posix
 from onecopy.daxemu.mapping import Mapping

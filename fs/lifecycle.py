@@ -5,8 +5,9 @@ import errno
 import os
 from collections.abc import Iterable
 
-from onecopy.blkcache.cache import DEFAULT_CACHE, MIN_FRAMES, CacheOptions, cache_paths
+from onecopy.blkcache.cache import DEFAULT_CACHE, MIN_FRAMES, cache_paths
 from onecopy.blkcache.device import BlockDevice
+from onecopy.blkcache.options import CacheOptions
 from onecopy.daxemu import pool as pools
 from onecopy.daxemu import runtime, slots
 from onecopy.daxemu.errors import NotAPool, OneCopyError, PoolBusy, invalid

@@ -11,9 +11,11 @@ import weakref
 from collections.abc import Callable
 from typing import TypeVar
 
-from onecopy.blkcache.cache import NO_OPTIONS, CacheOptions, open_pool
+import numpy as np
+
 from onecopy.blkcache.frames import Frames, reserve_of
 from onecopy.blkcache.limbo import INTENT_RECLAIM, Limbo
+from onecopy.blkcache.options import NO_OPTIONS, CacheOptions, open_pool
 from onecopy.blkcache.spaces import Spaces
 from onecopy.daxemu import slots
 from onecopy.daxemu._fault import Engine
@@ -387,6 +389,8 @@ class Mount:
             self.lock.on_last_release = self._close_files
 
     def _close_files(self) -> None:
+        nothing = np.empty(0, np.uint8)
+        self.frames.array = self.view.array = nothing  # or the table would stay mapped until the collector comes by
         self.runtime.close()
         # A thread may be waiting for this lock: it must not find another file under the number.
         fd, self.lock.fd = self.lock.fd, -1

@@ -3,7 +3,8 @@
 import os
 from contextlib import suppress
 
-from onecopy.blkcache.cache import CacheOptions, cache_paths, policy_in_use
+from onecopy.blkcache.cache import cache_paths
+from onecopy.blkcache.options import CacheOptions, policy_in_use
 from onecopy.daxemu.errors import PoolBusy
 from onecopy.daxemu.locks import try_mount
 from onecopy.daxemu.pool import Pool
