@@ -5,7 +5,6 @@ import signal
 import threading
 import time
 
-import numpy as np
 import pytest
 
 import onecopy
@@ -51,6 +50,7 @@ def assert_kept_until(process, fs, mapping, frame: int, act) -> None:
         for n in range(6):
             for name in "xy":
                 fs.write(f"/{name}", bytes([n]) * 40 * PAGE)
+            fs.sync()
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
@@ -100,18 +100,28 @@ def test_pins_are_settled_while_a_store_is_under_way(fs, stopped):
     mapping.close()
 
 
-def test_strays_are_taken_back_while_a_store_is_under_way(fs, stopped, monkeypatch):
-    """To a page that was frozen for nothing; it begins when all has been folded."""
+def test_strays_are_looked_for_while_a_store_is_under_way(fs, stopped):
+    """To a page that was frozen for nothing."""
     mount, process = fs._mount, stopped("/a")
-    spaces = mount.spaces
     with fs.map("/a", "r+", granule=1) as mapping:
         mapping[0] = ord("a")
-        index = spaces.find(*key(fs, "/a"))
-        fs.sync()
         with mount.lock:  # as a transaction does that fails then
-            word = np.frombuffer(mount.engine.freeze(index, 0, 1, 1000), np.uint64)[0]
-        frame = int(word) & (1 << 40) - 1
-        mount.engine.count("strays", 1)
-        called = begin_before(monkeypatch, process, spaces, "strays")
-        assert_kept_until(process, fs, mapping, frame, fs.sync)
-        assert called
+            frozen = mount.engine.freeze(mount.spaces.find(*key(fs, "/a")), 0, 1, 1000)
+        begin_store(process)
+        found = []
+
+        def look():
+            with mount.lock:
+                found.append(mount.spaces.strays())
+
+        thread = threading.Thread(target=look, daemon=True)
+        thread.start()
+        try:
+            thread.join(0.5)
+            assert not found
+        finally:
+            process.resume()
+            thread.join(30)
+        assert found == [[(int.from_bytes(frozen, "little") & (1 << 40) - 1, 1)]]
+        assert process.result() == 1
+    fs.sync()
