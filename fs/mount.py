@@ -396,6 +396,8 @@ class Mount:
         self.closed = self.lost = True
         if self.slot.fd >= 0:
             self.engine.lose()
+            os.close(self.slot.fd)  # or the parent's slot would live as long as we do, and stores wait for its answers
+            self.slot.fd = -1
 
     # ---------------------------------------------------------- closing
 
