@@ -353,6 +353,11 @@ class Mount:
         self.closed = self.lost = True
         if self.slot.fd >= 0:
             self.engine.lose()
+            # What hangs on descriptors that we share with the parent would outlive it: stores would wait for its slot's
+            # answers, and everybody for a lock that it held when it died.
+            os.close(self.slot.fd)
+            os.close(self.lock.fd)
+            self.slot.fd = self.lock.fd = -1
 
     # ---------------------------------------------------------- closing
 

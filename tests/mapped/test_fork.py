@@ -413,3 +413,35 @@ def test_a_child_s_exit_lets_go_of_what_only_it_mapped(fs, start):
     fs.sync()
     fs.sync()
     assert fs.info().used_pages <= used
+
+
+def test_a_child_without_a_slot_does_not_pass_for_its_parent(fs, start):
+    """It has inherited the descriptors of the parent's slot and lock: nobody must wait for either as long as it lives."""
+
+    def work(line):
+        mapping = fs.map("/a")
+        fs._mount.prepare_child = lambda: (_ for _ in ()).throw(OSError)  # as if no slot were free
+        line.say(child(signal.pause, outlives=True))
+        with fs._mount.lock:
+            line.say()
+            line.hear()
+        return len(mapping)
+
+    def store(line):
+        with fs.map("/a", "r+") as mapping:
+            line.hear()
+            mapping[0] = 1
+            fs.sync()
+            line.say(mapping[0])
+
+    process, storer = start(work), start(store)
+    pid = process.hear()
+    try:
+        process.hear()
+        process.kill()
+        storer.say()
+        assert storer._pipe.poll(10), "the store waits"
+    finally:
+        os.kill(pid, signal.SIGKILL)
+    assert storer.hear() == 1
+    storer.wait()

@@ -48,6 +48,9 @@
 #ifndef REUSE
 #define REUSE 0        /* slots that are claimed anew once their dead are buried */
 #endif
+#ifndef SWEEPERS
+#define SWEEPERS 0     /* slots whose transaction fails when it has frozen; then they take back what nothing names */
+#endif
 #ifndef PATIENCE
 #define PATIENCE 0     /* freezes that may time out */
 #endif
@@ -630,6 +633,32 @@ inline change(me)                             /* a transaction: clone the file, 
     finish()
 }
 
+#if SWEEPERS
+inline sweep(me)                              /* freeze, and nothing is folded; then Spaces.strays */
+{
+    begin(me);
+    freeze(me);
+    atomic { was = log_pfn[0]; reset_log() };
+    if
+    :: atomic { entry_pfn[0] != was && extent[0] != was -> skip };      /* the look at the entries: nothing names it */
+#ifndef M_SWEEP_AT_ONCE
+        block_lock(me, 0);                    /* await_faults */
+        block_unlock(0);
+#endif
+        atomic {
+            do
+            :: q < NS * PAGES -> assert(shown[q] != was); q++                   /* S5 */
+            :: else -> break
+            od;
+            q = 0; freed = freed | BIT(was)
+        }
+    :: atomic { !(entry_pfn[0] != was && extent[0] != was) -> skip }
+    fi;
+    was = 0;
+    finish()
+}
+#endif
+
 inline map_file(me)                           /* Maps.map */
 {
     begin(me);
@@ -698,7 +727,10 @@ proctype Process(byte me) provided (LIVES)
                 :: else -> break
                 fi
             od
-        :: !HAS(WRITERS | CLONERS, me)
+#if SWEEPERS
+        :: HAS(SWEEPERS, me) -> sweep(me)
+#endif
+        :: !HAS(WRITERS | CLONERS | SWEEPERS, me)
         fi;
         if
         :: HAS(AFTER, me) -> store(me)

@@ -16,6 +16,7 @@ CLONER = {"PRESENT": 13, "WRITERS": 1, "CLONERS": 12, "LATE": 0}  # one writer, 
 TWICE = {"PRESENT": 14, "WRITERS": 2, "CLONERS": 8, "LATE": 0, "DIE": 10, "KILLS": 2}  # a cloner dies, and a writer
 AGAIN = {"PRESENT": 13, "WRITERS": 9, "CLONERS": 0, "LATE": 8, "REUSE": 8}  # the dead's slot is claimed anew
 PATIENCE = {"PRESENT": 5, "WRITERS": 1, "CLONERS": 4, "LATE": 0, "KILLS": 0, "PATIENCE": 1}  # a freeze gives up
+SWEEP = WRITER | {"CLONERS": 0, "SWEEPERS": 4}  # a transaction fails when it has frozen, and frees what has lost its name since
 CONFIGURATIONS = {
     "a writer dies": WRITER,
     "a mapper dies": LATE,
@@ -23,6 +24,7 @@ CONFIGURATIONS = {
     "two die": TWICE,
     "a slot is used again": AGAIN,
     "a freeze times out": PATIENCE,
+    "frames without a name are freed": SWEEP,
 }
 FULL = {
     "two writers, a cloner dies, a fourth cleans up": {"WRITERS": 3, "CLONERS": 8, "LATE": 0},
@@ -53,13 +55,14 @@ MUTANTS = {
     "FREEZE_KEEPS_PRIVATE": WRITER,  # freeze write-protects, and leaves PRIVATE
     "FREEZE_SILENTLY": WRITER,  # freeze shoots nobody
     "FOLD_LATER": WRITER,  # Changes.freeze reads the entries anew after the blocks are unlocked
+    "SWEEP_AT_ONCE": SWEEP,  # what no entry names is freed while a fault has told nobody yet
     "TIMEOUT_STAYS_FROZEN": PATIENCE,  # a freeze that gave up leaves PRIVATE cleared
 }
 
 # The default run's: soon found, and each of another kind. The others are slow for their number.
 TELLING = [
     "ACK_FIRST", "PEERS_WRITABLE", "TAKE_OVER_SILENTLY", "OWED_FORGOTTEN",
-    "NO_REDO", "LOG_LEFT", "NO_CONFLICT", "FREEZE_SILENTLY",
+    "NO_REDO", "LOG_LEFT", "NO_CONFLICT", "FREEZE_SILENTLY", "SWEEP_AT_ONCE",
 ]  # fmt: skip
 
 needs_spin = pytest.mark.skipif(

@@ -4,7 +4,7 @@
  * k: they die; f: they fork; r: slots of the dead are used again (else the run ends when there are no more)
  *
  * Every thread has a word of its own in each page and counts up in it. `begun` and `done` say, for all to see, which count it is
- * about to store and which store has returned: any mapping must show at least `done`, and at the end at most `begun`.
+ * about to store and which store has returned: any mapping must show at least `done`, and at most `begun`.
  */
 #include "stand_in.h"
 
@@ -75,6 +75,10 @@ static void worker(uint64_t seed)
             CHECK("janitor", lock_range(fd, F_OFD_SETLK, PROCESSES) >= 0, 0, 0, 0);
             begin();
             slot = claim_slot(&slot_fd);
+            if (slot < 0) { /* another one is the janitor then */
+                close(fd);
+                fd = reopen(runtime_fd);
+            }
         }
         finish();
     }
