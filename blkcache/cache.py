@@ -223,10 +223,12 @@ class CachedPool(Pool):
             for ending in (".cache", ".frames"):
                 flags = os.O_RDWR | (os.O_CREAT if empty else 0)
                 found.append(open_private(base + ending, flags))
-        except FileNotFoundError as error:
+        except OSError as error:
             for fd in found:
                 os.close(fd)
-            raise self._lost(base) from error
+            if isinstance(error, FileNotFoundError):
+                raise self._lost(base) from error
+            raise
         return found[0], found[1]
 
     def _fill(self, control: int, frames: int) -> None:
@@ -395,9 +397,7 @@ class CachedPool(Pool):
     def close(self, *, unlock: bool = True) -> None:
         """Unmap and close; what was not written back stays in the cache."""
         cache = getattr(self, "cache", None)
-        self.persistence = (
-            Volatile()
-        )  # the other one knows us: an error may look into what goes now
+        self.persistence = Volatile()  # the other one knows us: an error may look into what goes now
         if cache is not None:
             release(self.counters, self.header)
             release(self.words, self.bytes)

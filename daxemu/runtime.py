@@ -240,12 +240,16 @@ class Layout:
 
 
 class Runtime:
-    """The mapped run-time file of one handle. Made by `attach`; `words` and `bytes` view it, `atomic` orders."""
+    """The mapped run-time file of one handle; owns `fd`. Made by `attach`; `words` and `bytes` view it, `atomic` orders."""
 
     def __init__(self, pool: Pool, fd: int, path: str, lock: RankedLock) -> None:
         self.fd, self.path, self.lock, self.pool = fd, path, lock, pool
         self.layout = Layout(pool.frames)
-        self.memory = mmap.mmap(fd, self.layout.windows)  # each window is mapped when it is needed
+        try:
+            self.memory = mmap.mmap(fd, self.layout.windows)  # each window is mapped when it is needed
+        except BaseException:
+            os.close(fd)
+            raise
         self.bytes = memoryview(self.memory)
         self.words = self.bytes.cast("Q")
         self.atomic = Words(self.memory)
