@@ -298,9 +298,13 @@ class Mount:
         """Map the file that `find` returns; see Maps.map."""
         self.check_open()
         with self.lock:
+            losses = self.pool.losses()
             self.recover()
             self.maps.strike()
-            return self.maps.map(find, path, writable=writable, granule=granule)
+            try:
+                return self.maps.map(find, path, writable=writable, granule=granule)
+            finally:
+                self.pool.raise_lost(losses)  # which is why what it read made no sense
 
     # ------------------------------------------------------------- fork
 
