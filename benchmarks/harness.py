@@ -190,9 +190,7 @@ def folder() -> Iterator[Path]:
 
 
 @contextmanager
-def new_pool(
-    size: int, *, device: str = "direct", cache_size: str | None = None, policy: str | None = None
-) -> Iterator[str]:
+def new_pool(size: int, *, device: str = "direct", cache_size: str | None = None, policy: str | None = None) -> Iterator[str]:
     """Format a pool of `size` bytes in /dev/shm; it is removed afterwards, so nobody may have it open then."""
     with folder() as inside, _pool_in(inside, size, device=device, cache_size=cache_size, policy=policy) as path:
         yield path

@@ -42,7 +42,9 @@ def stress(
     only: Annotated[str | None, typer.Option(metavar="KIND,...", help="Only these operations, such as store,clone.")] = None,
     policy: Annotated[
         str | None,
-        typer.Option(metavar="POLICY", help="Of the pool that is made: 'dax', or, through a buffer cache, 'shared' or 'per-inode'."),
+        typer.Option(
+            metavar="POLICY", help="Of the pool that is made: 'dax', or, through a buffer cache, 'shared' or 'per-inode'."
+        ),
     ] = None,
     cache_size: Annotated[
         str | None, typer.Option(metavar="SIZE", help="How much of the pool that is made may be in memory; 64M when left out.")

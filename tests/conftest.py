@@ -13,12 +13,13 @@ from onecopy.fs import lifecycle
 
 SHM = "/dev/shm"
 _CACHE = 1024  # pages: less than most tests store
-_in_force = "dax"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """`--policy shared`: pools that tests make in their own process are used through a small cache."""
-    parser.addoption("--policy", choices=POLICIES, help="of the pools that tests make; dax, and of some tests all, when left out")
+    parser.addoption(
+        "--policy", choices=POLICIES, help="of the pools that tests make; dax, and of some tests all, when left out"
+    )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -29,31 +30,31 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _policy(request: pytest.FixtureRequest) -> Iterator[None]:
-    """What is formatted without a word about a device gets the policy in force."""
-    global _in_force
-    _in_force = request.config.getoption("--policy") or "dax"
+def _in_force(request: pytest.FixtureRequest) -> Iterator[list[str]]:
+    """The policy in force, alone in a list: what is formatted without a word about a device gets it."""
+    in_force = [request.config.getoption("--policy") or "dax"]
     plain = lifecycle._cache_of
 
     def cached(*wanted: Any) -> tuple[str, int]:
-        return (_in_force, _CACHE) if _in_force != "dax" and wanted == ("direct", None, None) else plain(*wanted)
+        return (in_force[0], _CACHE) if in_force != ["dax"] and wanted == ("direct", None, None) else plain(*wanted)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lifecycle, "_cache_of", cached)
-        yield
+        yield in_force
 
 
 @pytest.fixture(autouse=True)
-def policy(request: pytest.FixtureRequest, _policy: None) -> Iterator[str]:
+def policy(request: pytest.FixtureRequest, _in_force: list[str]) -> Iterator[str]:
     """The policy of the pools that this test makes in its own process."""
-    global _in_force
-    before = _in_force
-    _in_force = getattr(request, "param", before)
+    before = _in_force[0]
+    _in_force[0] = getattr(request, "param", before)
     wanted = request.node.get_closest_marker("policies")
-    if wanted is not None and _in_force not in wanted.args:
-        pytest.skip(f"policy {_in_force}: {wanted.kwargs['reason']}")
-    yield _in_force
-    _in_force = before
+    try:
+        if wanted is not None and _in_force[0] not in wanted.args:
+            pytest.skip(f"policy {_in_force[0]}: {wanted.kwargs['reason']}")
+        yield _in_force[0]
+    finally:
+        _in_force[0] = before
 
 
 def forget(path: str) -> None:

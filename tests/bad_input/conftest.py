@@ -275,7 +275,9 @@ def _limits() -> None:
     signal.alarm(60)
     with open("/proc/self/statm") as file:
         most = int(file.read().split()[5]) * PAGE + (2 << 30)
-    resource.setrlimit(resource.RLIMIT_DATA, (most, most))  # not RLIMIT_AS: what is mapped of a cache's files is nearly all hole
+    resource.setrlimit(
+        resource.RLIMIT_DATA, (most, most)
+    )  # not RLIMIT_AS: what is mapped of a cache's files is nearly all hole
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
