@@ -133,10 +133,10 @@ class CachedPool(Pool):
 
     def __init__(
         self, path: str, *, writable: bool, policy: str, limit: int | None = None, name: str | None = None,
-        device: BlockDevice | None = None,
+        device: BlockDevice | None = None, default: int = DEFAULT_CACHE,
     ) -> None:  # fmt: skip
         super().__init__(path, writable=writable, mapped=False)
-        self.policy, self._limit, self._name = policy, limit, name
+        self.policy, self._limit, self._default, self._name = policy, limit, default, name
         try:
             self.device: BlockDevice = device if device is not None else FileDevice(path, writable)
             if self.device.blocks < self.frames or self.frames > COPIES:
@@ -148,25 +148,33 @@ class CachedPool(Pool):
     def connect(self, *, empty: bool) -> None:
         """Attach to the cache, or make it; `empty`: nothing that it holds of this pool counts. RuntimeLost, PoolBusy."""
         base = f"{FOLDER}/onecopy-cache-{self._name}" if self._name else runtime_paths(self)[0]
-        control, frames, made = self._open(base, empty=empty)
+        control, frames = self._open(base, empty=empty)
         try:
             fcntl.flock(control, fcntl.LOCK_EX)
             try:
-                if made:
-                    self._fill(control)
-                number = self._number(control)
-                if not made and not self._name and os.fstat(frames).st_size < DEVICES * SPAN * PAGE:
-                    raise RuntimeLost(f"{base}.frames is damaged", path=self.path)
+                # Somebody may have made it since it was opened, or died over that.
+                made = os.pread(control, 8, 0) in (b"", bytes(8))
+                if made and empty:
+                    self._fill(control, frames)
+                number = self._number(control, known=not empty)
+                if os.fstat(frames).st_size < DEVICES * SPAN * PAGE:
+                    raise RuntimeLost(f"{base}.frames is damaged; delete it and {base}.cache", path=self.path)
             finally:
                 fcntl.flock(control, fcntl.LOCK_UN)
             self.memory = mmap.mmap(frames, self.frames * PAGE, mmap.MAP_SHARED, offset=number * SPAN * PAGE)
             self.header = mmap.mmap(control, _WORDS)
             try:
-                mine = os.dup(control), os.dup(frames)
-                self.cache = _fault.Cache(*mine, self.memory, self.device.native, number, self.policy == "per-inode")
+                mine = os.dup(control)
+                try:
+                    also = os.dup(frames)
+                except OSError:
+                    os.close(mine)
+                    raise
+                self.cache = _fault.Cache(mine, also, self.memory, self.device.native, number, self.policy == "per-inode")
             except OSError as error:
                 raise self._unwatched(error) from error
         except BaseException:
+            release(*(getattr(self, name) for name in ("header", "memory") if hasattr(self, name)))
             os.close(control)
             os.close(frames)
             raise
@@ -190,7 +198,14 @@ class CachedPool(Pool):
             path=self.path, code=errno.EOPNOTSUPP,
         )  # fmt: skip
 
-    def _open(self, base: str, *, empty: bool) -> tuple[int, int, bool]:
+    def _lost(self, base: str) -> RuntimeLost:
+        return RuntimeLost(
+            f"{base}.cache and .frames do not have what the pool's users have, or the last of them had, in memory: they were "
+            f"deleted, or another cache was used (name it: cache=...); deleting {runtime_paths(self)[0]} goes back to the last sync",
+            path=self.path,
+        )
+
+    def _open(self, base: str, *, empty: bool) -> tuple[int, int]:
         if empty and not self._name:
             for ending in (".cache", ".frames"):
                 if os.path.lexists(base + ending):
@@ -198,32 +213,35 @@ class CachedPool(Pool):
         found: list[int] = []
         try:
             for ending in (".cache", ".frames"):
-                flags = os.O_RDWR | (os.O_CREAT if empty or self._name else 0)
+                flags = os.O_RDWR | (os.O_CREAT if empty else 0)
                 found.append(open_private(base + ending, flags))
         except FileNotFoundError as error:
             for fd in found:
                 os.close(fd)
-            raise RuntimeLost(f"{base}.cache or .frames was deleted while the pool was in use", path=self.path) from error
-        return found[0], found[1], os.fstat(found[0]).st_size == 0
+            raise self._lost(base) from error
+        return found[0], found[1]
 
-    def _fill(self, control: int) -> None:
-        frames = self._limit or DEFAULT_CACHE
-        values = [MAGIC, LAYOUT, frames, *[0] * 11, b"", b"", b"", b"", b""]
-        for fd, size in ((control, _SIZE),):
+    def _fill(self, control: int, frames: int) -> None:
+        limit = self._limit or self._default
+        values = [MAGIC, LAYOUT, limit, *[0] * 11, b"", b"", b"", b"", b""]
+        if os.fstat(frames).st_blocks:  # else somebody died over these lines
+            raise RuntimeLost(
+                f"/dev/shm has a cache's .frames without its .cache ({self._name}): delete that, when nobody uses it", path=self.path
+            )
+        for fd, size in ((frames, DEVICES * SPAN * PAGE), (control, _SIZE)):
             os.fchmod(fd, (self.status.st_mode & 0o666) | 0o600)
             os.ftruncate(fd, size)
         os.pwrite(control, CONTROL.pack(*values), 0)
-        path = os.readlink(f"/proc/self/fd/{control}").removesuffix(".cache") + ".frames"
-        os.chmod(path, (self.status.st_mode & 0o666) | 0o600)
-        os.truncate(path, DEVICES * SPAN * PAGE)
 
-    def _number(self, control: int) -> int:
-        """Return which of the cache's devices this pool is; a new one when it is none yet."""
-        found = CONTROL.unpack(os.pread(control, CONTROL.size, 0))
+    def _number(self, control: int, *, known: bool) -> int:
+        """Return which of the cache's devices this pool is; a new one when it is none yet, and need not be `known`."""
+        found = CONTROL.unpack(os.pread(control, CONTROL.size, 0).ljust(CONTROL.size, b"\0"))
         if (found["magic"], found["layout"]) != (MAGIC, LAYOUT):
             raise RuntimeLost("the cache's control file is damaged, or another version's", path=self.path)
         identity = self.uuid.bytes + struct.pack("=QQ", self.status.st_dev, self.status.st_ino)
         have = [found["identities"][n * 32 : n * 32 + 32] for n in range(DEVICES)]
+        if known and identity not in have:
+            raise self._lost(os.readlink(f"/proc/self/fd/{control}").removesuffix(".cache"))
         number = have.index(identity) if identity in have else have.index(bytes(32)) if bytes(32) in have else -1
         if number < 0:
             raise PoolBusy(f"the cache serves {DEVICES} pools already", path=self.path)
@@ -287,9 +305,16 @@ class CachedPool(Pool):
         self.device.read(pfn, page)
         return bytes(page)
 
-    def raise_lost(self) -> None:
-        """Raise OSError (EIO) when a block could not be read since the last call, and something else was shown for it."""
-        lost = self.cache.error()
+    def losses(self) -> int:
+        """Before the mapping is read: for `raise_lost`."""
+        return self.cache.losses()
+
+    def raise_lost(self, since: int) -> None:
+        """Raise OSError (EIO) when a block could not be read since `losses` gave that number: zeros were shown for it.
+
+        Also when another thread read it: all threads have seen the zeros, and nobody can tell who looked.
+        """
+        lost = self.cache.lost(since)
         if lost is not None:
             raise self._unreadable(lost[0], lost[1], 1)
 
@@ -389,19 +414,24 @@ NO_OPTIONS = CacheOptions()
 def open_pool(path: str, *, writable: bool, options: CacheOptions) -> Pool:
     """Open the pool at `path` as `options` say. PoolBusy when it is in use otherwise; what Pool raises."""
     pool = Pool(path, writable=writable)
-    policy, pages = pool.wanted
-    in_use = policy_in_use(pool)
-    policy = options.policy or ("shared" if options.device is not None and policy == "dax" else in_use or policy)
-    if policy not in POLICIES:
+    try:
+        policy, pages = pool.wanted
+        in_use = policy_in_use(pool)
+        policy = options.policy or ("shared" if options.device is not None and policy == "dax" else in_use or policy)
+        if policy not in POLICIES:
+            raise invalid(f"policy {policy!r}: say {', '.join(POLICIES)}", path)
+        if in_use not in (None, policy):
+            raise PoolBusy(f"processes have the pool open with policy {in_use!r}; 'onecopy info' lists them", path=path)
+    except BaseException:
         pool.close()
-        raise invalid(f"policy {policy!r}: say {', '.join(POLICIES)}", path)
-    if in_use not in (None, policy):
-        pool.close()
-        raise PoolBusy(f"processes have the pool open with policy {in_use!r}; 'onecopy info' lists them", path=path)
+        raise
     if policy == "dax":
         return pool
     pool.close()
-    limit = options.limit if options.limit is not None else pages or None
+    limit = options.limit
     if limit is not None and limit < MIN_FRAMES:
         raise invalid(f"a cache of {limit} pages: it must have at least {MIN_FRAMES}", path)
-    return CachedPool(pool.path, writable=writable, policy=policy, limit=limit, name=options.name, device=options.device)
+    return CachedPool(
+        pool.path, writable=writable, policy=policy, limit=limit, name=options.name, device=options.device,
+        default=max(pages, MIN_FRAMES) if pages else DEFAULT_CACHE,
+    )  # fmt: skip

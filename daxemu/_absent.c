@@ -49,17 +49,73 @@ static void complain(const struct region *r, uint64_t page, uint64_t block)
 
 /*
  * The pool's own mapping: whoever reads it looks at what it finds (S10), and asks for errors before it believes it. So a block that
- * can't be read is shown as a page of zeros, for now, and remembered: see cache_error in _cache_type.c.
+ * can't be read is shown as a page of zeros, for now, and remembered: `losses` says whether that happened while somebody read, in
+ * whatever thread, since all see the zeros; see cache_losses in _cache_type.c.
  */
 static int absent_block(struct cache *c, uint64_t pfn)
 {
     int failed = cache_need(c, c->base + pfn, pfn, 1, NULL);
-    if (failed) {
-        mmap(c->pool + pfn * PAGE, PAGE, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
-        __atomic_store_n(&c->failed_block, pfn, __ATOMIC_SEQ_CST);
-        __atomic_store_n(&c->failed, failed, __ATOMIC_SEQ_CST);
+    if (!failed)
+        return 0;
+    guard_lock();
+    if (!(__atomic_load_n(&c->words[c->base + pfn], __ATOMIC_SEQ_CST) & F_RESIDENT)) { /* else it could be read, by another */
+        __atomic_fetch_add(&c->losses, 1, __ATOMIC_SEQ_CST);
+        if (mmap(c->pool + pfn * PAGE, PAGE, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) == MAP_FAILED)
+            failed = -1;
+        else {
+            c->failed_block = pfn;
+            c->failed = failed;
+            if (!(c->lost[pfn / 8] >> pfn % 8 & 1))
+                __atomic_fetch_add(&c->shown, 1, __ATOMIC_SEQ_CST);
+            c->lost[pfn / 8] |= (uint8_t)(1u << pfn % 8);
+        }
+        __atomic_fetch_add(&c->losses, 1, __ATOMIC_SEQ_CST);
+        /* Somebody may have filled and held it since we looked; who looks for lost pages then sees ours. */
     }
-    return 0;
+    guard_unlock();
+    return failed < 0 ? failed : 0;
+}
+
+static int show(struct cache *c, uint64_t pfn)
+{
+    char *at = c->pool + pfn * PAGE;
+    if (mmap(at, PAGE, PROT_NONE, MAP_SHARED | MAP_FIXED, c->frames_fd, (off_t)((c->base + pfn) * PAGE)) == MAP_FAILED)
+        return errno;
+    int failed = cache_watch(c, at, PAGE);
+    if (!failed && mprotect(at, PAGE, PROT_READ | PROT_WRITE))
+        failed = errno;
+    if (!failed) {
+        c->lost[pfn / 8] &= (uint8_t)~(1u << pfn % 8);
+        __atomic_fetch_sub(&c->shown, 1, __ATOMIC_SEQ_CST);
+    }
+    return failed;
+}
+
+int cache_show(struct cache *c, uint64_t pfn, uint64_t pages)
+{
+    int failed = 0;
+    if (!__atomic_load_n(&c->shown, __ATOMIC_SEQ_CST))
+        return 0;
+    guard_lock();
+    for (uint64_t end = pfn + pages; pfn < end && !failed; pfn++) {
+        if (!(pfn % 8) && end - pfn >= 8 && !c->lost[pfn / 8])
+            pfn += 7;
+        else if (c->lost[pfn / 8] >> pfn % 8 & 1)
+            failed = show(c, pfn);
+    }
+    guard_unlock();
+    return failed;
+}
+
+int cache_show_page(struct cache *c, const char *address)
+{
+    uint64_t pfn = (uint64_t)(address - c->pool) / PAGE;
+    if (c->uffd < 0)
+        return -1;
+    if (!(c->lost[pfn / 8] >> pfn % 8 & 1))
+        return 0; /* it was being shown again */
+    int failed = show(c, pfn);
+    return failed ? failed : __atomic_load_n(&c->words[c->base + pfn], __ATOMIC_SEQ_CST) & F_RESIDENT ? 0 : EIO;
 }
 
 /* How many blocks to read at once: more and more while a mapping is read in turn. Under the guard. */

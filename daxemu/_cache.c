@@ -72,15 +72,21 @@ void frames_punch(const struct cache *c, uint64_t i, uint64_t frames)
         ;
 }
 
-/* What the dead had promised themselves is nobody's: count what there is. */
-static void recount(const struct cache *c)
+/* A promise comes before the page, and goes after it. */
+uint64_t frames_pages(const struct cache *c)
 {
     struct stat found;
-    if (!fstat(c->frames_fd, &found))
-        __atomic_store_n(&c->header->resident, (uint64_t)found.st_blocks / (PAGE / 512), __ATOMIC_SEQ_CST);
+    return fstat(c->frames_fd, &found) ? 0 : (uint64_t)found.st_blocks / (PAGE / 512);
 }
 
-/* Hold the word of frame `i`; *flags is what it says. Without `wait`, 0 when somebody has it. */
+/* What the dead had promised themselves is nobody's: count what there is. What others have been promised just now is missing then;
+ * frames_promise notices. */
+static void recount(const struct cache *c)
+{
+    __atomic_store_n(&c->header->resident, frames_pages(c), __ATOMIC_SEQ_CST);
+}
+
+/* Hold the word of frame `i`; *flags is what it says. Without `wait`, 0 when somebody alive has it. */
 int frame_hold(const struct cache *c, uint64_t i, int wait, uint64_t *flags)
 {
     uint64_t *word = &c->words[i];
@@ -93,9 +99,7 @@ int frame_hold(const struct cache *c, uint64_t i, int wait, uint64_t *flags)
                 return 1;
             continue;
         }
-        if (!wait)
-            return 0;
-        if (spins-- > 0)
+        if (wait && spins-- > 0)
             continue;
         if (is_dead(c, holder)) {
             uint64_t mine = (seen & ~F_HOLDER) | c->holder;
@@ -106,6 +110,8 @@ int frame_hold(const struct cache *c, uint64_t i, int wait, uint64_t *flags)
             recount(c);
             return 1;
         }
+        if (!wait)
+            return 0;
         uint64_t waited = seen | F_WAITED;
         if (seen & F_WAITED || __atomic_compare_exchange_n(word, &seen, waited, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST))
             futex_wait((uint32_t *)word, (uint32_t)waited, 20);
@@ -139,19 +145,26 @@ int frame_is_block(const struct cache *c, uint64_t i)
 }
 
 /* Promise frames to who is about to fill them; where there are too many, others go first. */
-void frames_promise(struct cache *c, uint64_t frames)
+int frames_promise(struct cache *c, uint64_t frames)
 {
-    uint64_t have = __atomic_add_fetch(&c->header->resident, frames, __ATOMIC_SEQ_CST);
+    uint64_t *resident = &c->header->resident, have = __atomic_load_n(resident, __ATOMIC_SEQ_CST), pages = frames_pages(c);
+    if (pages > have) /* a recount came between somebody's promise and his pages; if `resident` is another now, the next look tells */
+        __atomic_compare_exchange_n(resident, &have, pages, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
+    have = __atomic_add_fetch(resident, frames, __ATOMIC_SEQ_CST);
     if (have <= c->header->limit)
-        return;
-    frames_evict(c, have - c->header->limit);
-    if (__atomic_load_n(&c->header->resident, __ATOMIC_SEQ_CST) > c->header->limit)
-        __atomic_fetch_add(&c->header->over, 1, __ATOMIC_RELAXED);
+        return 1;
+    if (!frames_evict(c, have - c->header->limit) || __atomic_load_n(resident, __ATOMIC_SEQ_CST) <= c->header->limit)
+        return 1; /* what others have been promised since they make room for */
+    __atomic_fetch_add(&c->header->over, 1, __ATOMIC_RELAXED);
+    return 0;
 }
 
 void frames_unpromise(const struct cache *c, uint64_t frames)
 {
-    __atomic_fetch_sub(&c->header->resident, frames, __ATOMIC_SEQ_CST);
+    uint64_t *resident = &c->header->resident, have = __atomic_load_n(resident, __ATOMIC_SEQ_CST), less;
+    do
+        less = have > frames ? have - frames : 0; /* after a recount it may have been less */
+    while (!__atomic_compare_exchange_n(resident, &have, less, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST));
 }
 
 /* ------------------------------------------------------------- filling */
@@ -197,9 +210,9 @@ static int read_for_copy(struct cache *c, uint64_t pfn, uint64_t frames, char *t
     for (uint64_t n = 0; n < frames && !failed; n++) {
         uint64_t flags;
         frame_hold(c, c->base + pfn + n, 1, &flags);
-        if (flags & F_RESIDENT)
+        if (flags & F_RESIDENT && !(failed = cache_show(c, pfn + n, 1)))
             memcpy(to + n * PAGE, c->pool + (pfn + n) * PAGE, PAGE);
-        else
+        else if (!failed)
             failed = device_read(&c->device, pfn + n, 1, to + n * PAGE);
         frame_release(c, c->base + pfn + n, flags);
     }
@@ -255,7 +268,12 @@ int cache_need(struct cache *c, uint64_t i, uint64_t pfn, uint64_t ahead, const 
             frame_release(c, i + n, before[n]);
         return 0;
     }
-    frames_promise(c, frames);
+    if (!frames_promise(c, frames) && frames > 1) { /* no room to read ahead */
+        for (uint64_t n = 1; n < frames; n++)
+            frame_release(c, i + n, before[n]);
+        frames_unpromise(c, frames - 1);
+        frames = 1;
+    }
     STEP(AT_FRAME_HELD);
     int failed = frames_fill(c, i, pfn, frames);
     STEP(AT_FRAME_FILLED);
@@ -289,11 +307,10 @@ void cache_in_child(struct cache *c)
     c->uffd = fd;
     c->bounced = 0;
     c->evicting = 0;
-    if (fd >= 0) {
-        close(c->control_fd);
-        c->control_fd = c->child_fd;
+    close(c->control_fd); /* the description on which the parent is known: open here, it would outlive the parent */
+    c->control_fd = c->child_fd;
+    if (fd >= 0)
         c->holder = c->child_holder;
-    }
     c->child_fd = -1;
     if (fd < 0 || cache_watch(c, c->pool, c->frames * PAGE))
         mmap(c->pool, c->frames * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);

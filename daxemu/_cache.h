@@ -72,10 +72,15 @@ struct cache {
     uint32_t holder;
     char *bounce;
     uint32_t bounced, returned;
-    int failed;        /* errno of the last block that could not be read for the pool's own mapping; and which */
+    /* Blocks that could not be read for the pool's own mapping, which shows zeros there until it is asked about them; see _absent.c. */
+    uint8_t *lost;     /* a bit for each */
+    uint32_t shown;    /* how many are set */
+    uint32_t losses;   /* twice as many as there were ever; odd while one is being made: under the guard */
+    int failed;        /* errno of the last one; and which it was */
     uint64_t failed_block;
     uint32_t evicting;
     int closed;
+    uint64_t stuck;    /* ms: until then nobody is asked to stop storing, as somebody did not answer */
     int child_fd;
     uint32_t child_holder;
 };
@@ -89,10 +94,11 @@ uint64_t frame_came_in(const struct cache *c, uint64_t before);     /* flags of 
 void frame_left(const struct cache *c, uint64_t flags);              /* one that had these is absent now */
 void frames_punch(const struct cache *c, uint64_t i, uint64_t frames);
 int frames_write(struct cache *c, uint64_t i, uint64_t frames);     /* held, of our device */
-void frames_evict(struct cache *c, uint64_t want);                  /* as many as can be; _evict.c */
+uint64_t frames_evict(struct cache *c, uint64_t want);              /* as many as can be; returns how many could not. _evict.c */
 
 /* Filling, in _cache.c. A promise is made before frames get pages; where there are too many, others go first. */
-void frames_promise(struct cache *c, uint64_t frames);
+int frames_promise(struct cache *c, uint64_t frames); /* 0 when nothing could go, and there are too many */
+uint64_t frames_pages(const struct cache *c); /* that there are: never more than are promised */
 void frames_unpromise(const struct cache *c, uint64_t frames);
 int frames_fill(struct cache *c, uint64_t i, uint64_t pfn, uint64_t frames); /* held, absent */
 int frames_put(const struct cache *c, uint64_t i, uint64_t frames, const char *from);
@@ -100,6 +106,8 @@ char *bounce_take(struct cache *c, uint32_t *which); /* AHEAD pages that device_
 void bounce_give(struct cache *c, uint32_t which);
 
 int cache_watch(struct cache *c, void *address, uint64_t length);
+int cache_show(struct cache *c, uint64_t pfn, uint64_t pages); /* in the pool's own mapping, where zeros were; takes the guard */
+int cache_show_page(struct cache *c, const char *address);     /* the same, of a touch, under the guard: 0, or errno; -1: it can't */
 uint64_t cache_frame(const struct cache *c, uint32_t space, uint64_t page, uint64_t word); /* index of what a mapping shows */
 /* Make frame `i` resident, whose content is block `pfn`'s, and up to `ahead` frames behind it that are absent, too. Of copies,
  * `entries` says what they are of; when it has changed, nothing happens. 0 or errno. */

@@ -6,6 +6,8 @@
 #include "_device_type.h"
 
 #include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -30,6 +32,22 @@ static void *map_control(int fd, uint64_t at, uint64_t size)
     return got == MAP_FAILED ? NULL : got;
 }
 
+/*
+ * Our name as a user is a lock, which lasts as long as the description that it is on: one that nothing else uses. What is mapped
+ * through a description keeps it, also in a child.
+ */
+static int reopen_control(struct cache *c)
+{
+    char path[64];
+    snprintf(path, sizeof path, "/proc/self/fd/%d", c->control_fd);
+    int fd = open(path, O_RDWR | O_CLOEXEC);
+    if (fd < 0)
+        return errno;
+    close(c->control_fd);
+    c->control_fd = fd;
+    return 0;
+}
+
 static void cache_close_all(Cache *self)
 {
     struct cache *c = &self->cache;
@@ -48,6 +66,8 @@ static void cache_close_all(Cache *self)
         munmap(c->windows, SPACES * 16);
     if (c->bounce)
         munmap(c->bounce, BOUNCE);
+    if (c->lost)
+        munmap(c->lost, c->frames / 8 + 1);
     int *fds[] = {&c->control_fd, &c->frames_fd, &c->uffd, &c->child_fd};
     for (size_t n = 0; n < sizeof fds / sizeof *fds; n++) {
         if (*fds[n] >= 0)
@@ -57,6 +77,7 @@ static void cache_close_all(Cache *self)
     c->header = NULL;
     c->words = c->owners = c->windows = NULL;
     c->bounce = NULL;
+    c->lost = NULL;
     if (self->pool.obj)
         PyBuffer_Release(&self->pool);
     Py_CLEAR(self->device);
@@ -100,12 +121,17 @@ static PyObject *cache_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     c->bounce = mmap(NULL, BOUNCE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
     if (c->bounce == MAP_FAILED)
         c->bounce = NULL;
-    if (!c->header || !c->words || !c->owners || !c->bounce || (per_inode && !c->windows)) {
+    c->lost = mmap(NULL, c->frames / 8 + 1, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (c->lost == MAP_FAILED)
+        c->lost = NULL;
+    if (!c->header || !c->words || !c->owners || !c->bounce || !c->lost || (per_inode && !c->windows)) {
         os_error(ENOMEM);
         goto fail;
     }
     mlock(c->bounce, BOUNCE); /* where it may: a page of it must not be swapped out while it is copied from */
-    int failed = cache_join(control_fd, c->header, &c->holder);
+    int failed = reopen_control(c);
+    if (!failed)
+        failed = cache_join(c->control_fd, c->header, &c->holder);
     if (!failed) {
         c->uffd = cache_watching();
         failed = c->uffd < 0 ? -c->uffd : cache_watch(c, c->pool, c->frames * PAGE);
@@ -260,23 +286,39 @@ static PyObject *cache_shrink(PyObject *object, PyObject *unused)
     Py_RETURN_NONE;
 }
 
-static PyObject *cache_error(PyObject *object, PyObject *unused)
+/* losses() -> a number that goes up when the pool's memory shows zeros for a block that could not be read. All is shown anew. */
+static PyObject *cache_losses(PyObject *object, PyObject *unused)
 {
     (void)unused;
     struct cache *c = cache_of(object);
     if (!c)
         return NULL;
-    int failed = __atomic_exchange_n(&c->failed, 0, __ATOMIC_SEQ_CST);
-    if (!failed)
+    uint32_t losses = __atomic_load_n(&c->losses, __ATOMIC_SEQ_CST);
+    if (losses & 1 || __atomic_load_n(&c->shown, __ATOMIC_SEQ_CST)) {
+        QUIETLY(cache_show(c, 0, c->frames));
+        sigset_t before;
+        guard_enter(&before); /* until none is being made */
+        losses = __atomic_load_n(&c->losses, __ATOMIC_SEQ_CST);
+        guard_leave(&before);
+    }
+    return PyLong_FromUnsignedLong(losses);
+}
+
+static PyObject *cache_lost(PyObject *object, PyObject *args)
+{
+    struct cache *c = cache_of(object);
+    unsigned int since;
+    if (!c || !PyArg_ParseTuple(args, "I", &since))
+        return NULL;
+    if (__atomic_load_n(&c->losses, __ATOMIC_SEQ_CST) == since)
         Py_RETURN_NONE;
-    uint64_t pfn = c->failed_block;
+    QUIETLY(cache_show(c, 0, c->frames));
     sigset_t before;
-    guard_enter(&before); /* show the frame again, and ask the device anew; who touches it meanwhile waits: see fault in _fault.c */
-    mmap(c->pool + pfn * PAGE, PAGE, PROT_NONE, MAP_SHARED | MAP_FIXED, c->frames_fd, (off_t)((c->base + pfn) * PAGE));
-    if (!cache_watch(c, c->pool + pfn * PAGE, PAGE))
-        mprotect(c->pool + pfn * PAGE, PAGE, PROT_READ | PROT_WRITE);
+    guard_enter(&before);
+    int failed = c->failed;
+    uint64_t pfn = c->failed_block;
     guard_leave(&before);
-    return Py_BuildValue("(iK)", failed, (unsigned long long)pfn);
+    return Py_BuildValue("(iK)", failed ? failed : EIO, (unsigned long long)pfn);
 }
 
 static PyObject *cache_expect_child(PyObject *object, PyObject *args)
@@ -361,7 +403,8 @@ static PyMethodDef cache_methods[] = {
     {"write_back", cache_write, METH_VARARGS, "write_back(pfn, pages): write the dirty ones to the device. OSError (EIO, ENOSPC)."},
     {"drop", cache_drop_frames, METH_VARARGS, "drop(pfn, pages): forget them; what was dirty is lost."},
     {"shrink", cache_shrink, METH_NOARGS, "shrink(): evict down to the limit."},
-    {"error", cache_error, METH_NOARGS, "error() -> (errno, pfn) or None: a block that the pool's memory could not show since the last call."},
+    {"losses", cache_losses, METH_NOARGS, "losses() -> number: for lost(); the pool's memory shows all blocks, as far as they can be read."},
+    {"lost", cache_lost, METH_VARARGS, "lost(since) -> (errno, pfn) or None: the last block that it could not show, if there was one since losses()."},
     {"expect_child", cache_expect_child, METH_VARARGS, "expect_child(control_fd): a user's number for the next fork's child, on a description of its own."},
     {"set_window", cache_set_window, METH_VARARGS, "set_window(space, first, pages): an inode's copies, counted from the device's first one; 0 pages: it has none."},
     {"window", cache_window, METH_VARARGS, "window(space) -> (frame, pages): an inode's copies; 0: it has none."},

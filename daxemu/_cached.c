@@ -38,6 +38,8 @@ int cache_store(struct cache *c, uint64_t offset, const char *from, uint64_t siz
         int failed = hold_filled(c, pfn, part == PAGE, &flags);
         if (failed)
             return failed;
+        if (__atomic_load_n(&c->words[c->base + pfn], __ATOMIC_SEQ_CST) & F_RESIDENT)
+            frame_note(c, c->base + pfn, flags | F_DIRTY); /* should we die over it: what has been stored has been seen */
         for (uint64_t done = 0; done < part && !failed;) {
             ssize_t got = pwrite(c->frames_fd, from + done, part - done, (off_t)((c->base + pfn) * PAGE + start + done));
             if (got < 0 && errno != EINTR)
@@ -47,6 +49,7 @@ int cache_store(struct cache *c, uint64_t offset, const char *from, uint64_t siz
         if (failed && !(__atomic_load_n(&c->words[c->base + pfn], __ATOMIC_SEQ_CST) & F_RESIDENT)) {
             frames_punch(c, c->base + pfn, 1);
             frames_unpromise(c, 1);
+            frame_left(c, flags);
             frame_release(c, c->base + pfn, 0);
             return failed;
         }
@@ -71,9 +74,9 @@ int cache_copy(struct cache *c, uint64_t from, uint64_t to)
         memcpy(buffer, zeros, PAGE);
     else {
         frame_hold(c, c->base + from, 1, &flags);
-        if (flags & F_RESIDENT)
+        if (flags & F_RESIDENT && !(failed = cache_show(c, from, 1)))
             memcpy(buffer, c->pool + from * PAGE, PAGE);
-        else
+        else if (!failed)
             failed = device_read(&c->device, from, 1, buffer); /* about to be replaced, for this file: no need of a frame */
         frame_release(c, c->base + from, flags);
     }
@@ -88,9 +91,33 @@ int cache_clear(struct cache *c, uint64_t pfn, uint64_t first, uint64_t end)
     return cache_store(c, pfn * PAGE + first, zeros, end - first);
 }
 
+static void keep(const struct cache *c, uint64_t flags)
+{
+    if (!(flags & F_KEPT))
+        __atomic_fetch_add(&c->header->kept, 1, __ATOMIC_RELAXED);
+}
+
+static void keep_no_more(const struct cache *c, uint64_t flags)
+{
+    if (flags & F_KEPT)
+        __atomic_fetch_sub(&c->header->kept, 1, __ATOMIC_RELAXED);
+}
+
+/* Who died between a word and the counter has left it wrong. */
+static uint64_t recount_kept(const struct cache *c)
+{
+    uint64_t kept = 0;
+    for (uint32_t d = 0; d < DEVICES; d++)
+        for (uint64_t i = d * SPAN, end = i + c->header->frames[d]; i < end; i++)
+            kept += (__atomic_load_n(&c->words[i], __ATOMIC_RELAXED) & F_KEPT) != 0;
+    __atomic_store_n(&c->header->kept, kept, __ATOMIC_RELAXED);
+    return kept;
+}
+
 int cache_ready(struct cache *c, uint64_t pfn, uint64_t pages)
 {
-    if (__atomic_load_n(&c->header->kept, __ATOMIC_RELAXED) + pages > c->header->limit / 2)
+    uint64_t most = c->header->limit / 2;
+    if (__atomic_load_n(&c->header->kept, __ATOMIC_RELAXED) + pages > most && recount_kept(c) + pages > most)
         return ENOSPC; /* the caller writes back what is kept, and tries again */
     for (uint64_t end = pfn + pages; pfn < end; pfn++) {
         uint64_t flags, i = c->base + pfn;
@@ -99,11 +126,11 @@ int cache_ready(struct cache *c, uint64_t pfn, uint64_t pages)
         if (failed) {
             frames_punch(c, i, 1);
             frames_unpromise(c, 1);
+            frame_left(c, flags);
             frame_release(c, i, 0);
             return failed;
         }
-        if (!(flags & F_KEPT))
-            __atomic_fetch_add(&c->header->kept, 1, __ATOMIC_RELAXED);
+        keep(c, flags);
         frame_release(c, i, flags | F_DIRTY | F_KEPT);
     }
     return 0;
@@ -130,6 +157,15 @@ int cache_may_write(const struct cache *c, uint64_t pfn)
 
 /* -------------------------------------------------------- writing back */
 
+/* Whether some process may have the frame, held, mapped for storing: who owned it for that may have no mappers left. */
+static int may_be_stored_to(const struct cache *c, uint64_t pfn)
+{
+    uint64_t owner = __atomic_load_n(&c->owners[pfn], __ATOMIC_SEQ_CST) >> 32, any = !c->engine || owner >= *c->engine->spaces_used;
+    for (uint32_t w = 0; w < SLOTS / 64 && !any; w++)
+        any = __atomic_load_n(&c->engine->spaces[owner].mappers[w], __ATOMIC_SEQ_CST);
+    return any != 0;
+}
+
 int cache_write_back(struct cache *c, uint64_t pfn, uint64_t pages)
 {
     uint64_t flags[AHEAD], end = pfn + pages;
@@ -154,9 +190,8 @@ int cache_write_back(struct cache *c, uint64_t pfn, uint64_t pages)
         for (uint64_t n = 0; n < frames; n++) {
             uint64_t keep = flags[n];
             if (!failed) {
-                if (keep & F_KEPT)
-                    __atomic_fetch_sub(&c->header->kept, 1, __ATOMIC_RELAXED);
-                keep &= ~(keep & F_WRITABLE ? F_KEPT : F_KEPT | F_DIRTY);
+                keep_no_more(c, keep);
+                keep &= ~(keep & F_WRITABLE && may_be_stored_to(c, pfn + n) ? F_KEPT : F_KEPT | F_DIRTY | F_WRITABLE);
             }
             frame_release(c, c->base + pfn + n, keep);
         }
@@ -182,21 +217,20 @@ void cache_moved(struct cache *c, uint32_t space, uint64_t page, uint64_t pages)
 void cache_drop(struct cache *c, uint64_t i, uint64_t pages)
 {
     for (uint64_t end = i + pages; i < end;) {
-        uint64_t flags, run = 0;
+        uint64_t flags, run = 0, pages = 0;
         if (!__atomic_load_n(&c->words[i], __ATOMIC_SEQ_CST)) {
             i++;
             continue;
         }
         while (i + run < end && run < AHEAD && frame_hold(c, i + run, !run, &flags)) {
-            if (flags & F_KEPT)
-                __atomic_fetch_sub(&c->header->kept, 1, __ATOMIC_RELAXED);
-            if (flags & F_RESIDENT)
-                frames_unpromise(c, 1);
+            keep_no_more(c, flags);
+            pages += (flags & F_RESIDENT) != 0;
             frame_left(c, flags);
             frame_note(c, i + run, 0);
             run++;
         }
         frames_punch(c, i, run);
+        frames_unpromise(c, pages);
         for (uint64_t n = 0; n < run; n++)
             frame_release(c, i + n, 0);
         i += run;

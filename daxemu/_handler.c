@@ -148,8 +148,10 @@ static int fault(char *address, int store)
             if (r)
                 r->streak = high;
         }
-    } else if (!r && !store && cache_around(address))
-        failed = 0; /* it was being mapped anew, see cache_error in _cache_type.c */
+    } else if (!r) {
+        struct cache *c = cache_around(address);
+        failed = c ? cache_show_page(c, address) : -1;
+    }
     guard_unlock();
     fault_leave();
     return failed;

@@ -132,8 +132,12 @@ class Pool:
     def fetch(self, pfn: int, pages: int) -> None:
         """Before frames are read through the mapping: they are there."""
 
-    def raise_lost(self) -> None:
-        """Raise what has gone wrong in reading the mapping: nothing can."""
+    def losses(self) -> int:
+        """Before the mapping is read: for `raise_lost`."""
+        return 0
+
+    def raise_lost(self, since: int) -> None:
+        """Raise what has gone wrong in reading the mapping since `losses` gave that number: nothing can."""
 
     def read_media(self, pfn: int) -> bytes:
         """Return a page as a power cut would leave it, as far as that can be told."""

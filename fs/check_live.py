@@ -22,6 +22,7 @@ def check_mounted(mount: "Mount") -> CheckReport:
         mount.settle()
         if mount.pool.writable:
             mount.maps.fold()
+        losses = mount.pool.losses()
         view, array = mount.live_view(), mount.frames.array
         checker = Checker(mount.pool, (array & FRESH) != 0)
         report = checker.run(view.roots, view.counts)
@@ -45,6 +46,7 @@ def check_mounted(mount: "Mount") -> CheckReport:
             checker.found("frames", "the free counter", 0, free, mount.runtime.get("free"))
         _check_entries(checker, mount)
         report.counted["waiting_pages"] = int(np.count_nonzero(waiting))
+        mount.pool.raise_lost(losses)
         return report
 
 

@@ -69,18 +69,14 @@ class Mount:
 
     def _attach(self) -> None:
         self.runtime, empty = attach(self.pool, self.lock)
-        if empty:
-            self.pool.connect(empty=True)
-        elif not self._is_stale():
-            self.pool.connect(empty=False)
-        else:
-            self.runtime.close()
-            if not try_mount(self.pool.fd, exclusive=True):
-                raise not_alone(self.pool, "the pool file was replaced while processes use it; end them")
-            os.unlink(self.runtime.path)
-            self.runtime, empty = attach(self.pool, self.lock)
-            self.pool.connect(empty=empty)
         try:
+            if not empty and self._is_stale():
+                self.runtime.close()
+                if not try_mount(self.pool.fd, exclusive=True):
+                    raise not_alone(self.pool, "the pool file was replaced while processes use it; end them")
+                os.unlink(self.runtime.path)
+                self.runtime, empty = attach(self.pool, self.lock)
+            self.pool.connect(empty=empty)
             if empty:
                 self._fill()
             self._claim_slot()
@@ -107,7 +103,8 @@ class Mount:
         try:
             self._take_office(self.slot)
         except BaseException:
-            self.engine.close()
+            if hasattr(self, "engine"):  # else it could not be made
+                self.engine.close()
             self.slot.release()
             raise
 
@@ -124,8 +121,12 @@ class Mount:
         self.spaces.reap()
 
     def _fill(self) -> None:
+        losses = self.pool.losses()
         try:
-            rebuild.fill(self.runtime, self.pool)
+            try:
+                rebuild.fill(self.runtime, self.pool)
+            finally:
+                self.pool.raise_lost(losses)  # which is why what it read made no sense
         except BaseException:
             os.unlink(self.runtime.path)
             raise
@@ -171,12 +172,13 @@ class Mount:
         with self.lock:
             room, conflicts = False, 0
             while True:
+                losses = self.pool.losses()
                 tx = self._begin(reserve=reserve)
                 pid = os.getpid()
                 try:
                     self._running = True
                     result = work(tx)
-                    self.pool.raise_lost()
+                    self.pool.raise_lost(losses)
                     if os.getpid() != pid:
                         raise OneCopyError("a transaction begun before fork can't be finished by the child", code=errno.EPERM)
                     self.view = tx.commit()
@@ -200,7 +202,7 @@ class Mount:
                 except BaseException as error:
                     if os.getpid() == pid:
                         self._abort()
-                        self.pool.raise_lost()  # which is why what it read made no sense
+                        self.pool.raise_lost(losses)  # which is why what it read made no sense
                     if isinstance(error, ASTRAY):
                         raise damage(error) from error
                     raise
@@ -307,7 +309,10 @@ class Mount:
         runtime.set("intent", INTENT_SYNC)
         reach("sync intended")
         for pfn in np.flatnonzero((array & (USED | NODE | FRESH)) == USED | NODE | FRESH).tolist():
-            pool.words[pfn * 512 + 3] = rebuild.node_checksum(pool, pfn)
+            losses, found = pool.losses(), rebuild.node_checksum(pool, pfn)
+            if pool.words[pfn * 512 + 3] != found:  # else it has gone to the media with a sync that failed, and may be there only
+                pool.raise_lost(losses)
+                pool.words[pfn * 512 + 3] = found
         reach("checksums set")
         for first, pages in stored:
             pool.persistence.flush(first, pages)

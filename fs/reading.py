@@ -21,7 +21,7 @@ ASTRAY = (IndexError, OverflowError, struct.error)
 class Reading:
     """Context manager around a lock-free read: frames of its view stay as they are until it ends."""
 
-    __slots__ = ("_closing", "_mount", "_slot", "_word")
+    __slots__ = ("_closing", "_losses", "_mount", "_slot", "_word")
 
     def __init__(self, mount: "Mount", *, closing: bool = False) -> None:
         self._mount, self._closing = mount, closing
@@ -30,6 +30,7 @@ class Reading:
         mount = self._mount
         if not self._closing or mount.lost:
             mount.check_open()
+        self._losses = mount.pool.losses()
         self._slot = slot = mount.slot
         self._word, generation = slot.announce()
         try:
@@ -54,7 +55,7 @@ class Reading:
         elif kind is None:  # the slot and the word in it are the parent's
             raise OneCopyError("a read begun before fork can't be finished by the child", code=errno.EPERM)
         if value is None or isinstance(value, (CorruptRecord, *ASTRAY)):
-            self._mount.pool.raise_lost()
+            self._mount.pool.raise_lost(self._losses)
         if isinstance(value, ASTRAY):
             raise damage(value) from value
 
