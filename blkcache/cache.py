@@ -226,7 +226,8 @@ class CachedPool(Pool):
         values = [MAGIC, LAYOUT, limit, *[0] * 11, b"", b"", b"", b"", b""]
         if os.fstat(frames).st_blocks:  # else somebody died over these lines
             raise RuntimeLost(
-                f"/dev/shm has a cache's .frames without its .cache ({self._name}): delete that, when nobody uses it", path=self.path
+                f"/dev/shm has a cache's .frames without its .cache ({self._name}): delete that, when nobody uses it",
+                path=self.path,
             )
         for fd, size in ((frames, DEVICES * SPAN * PAGE), (control, _SIZE)):
             os.fchmod(fd, (self.status.st_mode & 0o666) | 0o600)

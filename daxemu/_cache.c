@@ -213,7 +213,7 @@ static int read_for_copy(struct cache *c, uint64_t pfn, uint64_t frames, char *t
         if (flags & F_RESIDENT && !(failed = cache_show(c, pfn + n, 1)))
             memcpy(to + n * PAGE, c->pool + (pfn + n) * PAGE, PAGE);
         else if (!failed)
-            failed = device_read(&c->device, pfn + n, 1, to + n * PAGE);
+            failed = device_read(c->device, pfn + n, 1, to + n * PAGE);
         frame_release(c, c->base + pfn + n, flags);
     }
     return failed;
@@ -224,7 +224,7 @@ int frames_fill(struct cache *c, uint64_t i, uint64_t pfn, uint64_t frames)
 {
     uint32_t which;
     char *buffer = bounce_take(c, &which);
-    int failed = frame_is_block(c, i) ? device_read(&c->device, pfn, frames, buffer) : read_for_copy(c, pfn, frames, buffer);
+    int failed = frame_is_block(c, i) ? device_read(c->device, pfn, frames, buffer) : read_for_copy(c, pfn, frames, buffer);
     if (failed)
         __atomic_fetch_add(&c->header->errors, 1, __ATOMIC_RELAXED);
     else

@@ -65,7 +65,7 @@ struct cache {
     uint64_t *words;   /* of all devices */
     uint64_t *owners, *windows; /* of ours */
     char *pool;        /* our device's frames, mapped, registered */
-    struct device device;
+    struct device *device; /* lives as long as the Cache */
     struct engine *engine; /* who tells others; NULL while the cache is used by no engine */
     uint64_t base, frames;
     int control_fd, frames_fd, uffd;

@@ -110,7 +110,7 @@ static PyObject *cache_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     if (PyObject_GetBuffer(pool, &self->pool, PyBUF_WRITABLE) < 0)
         goto fail;
     self->device = Py_NewRef(device);
-    c->device = *native;
+    c->device = native;
     c->base = number * SPAN;
     c->pool = self->pool.buf;
     c->frames = (uint64_t)self->pool.len / PAGE;
@@ -293,6 +293,9 @@ static PyObject *cache_losses(PyObject *object, PyObject *unused)
     struct cache *c = cache_of(object);
     if (!c)
         return NULL;
+    int failed = handler_install(SIGBUS); /* in front of one that the program has set since: that would not bring in what is absent */
+    if (failed)
+        return os_error(failed);
     uint32_t losses = __atomic_load_n(&c->losses, __ATOMIC_SEQ_CST);
     if (losses & 1 || __atomic_load_n(&c->shown, __ATOMIC_SEQ_CST)) {
         QUIETLY(cache_show(c, 0, c->frames));

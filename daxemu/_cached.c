@@ -77,7 +77,7 @@ int cache_copy(struct cache *c, uint64_t from, uint64_t to)
         if (flags & F_RESIDENT && !(failed = cache_show(c, from, 1)))
             memcpy(buffer, c->pool + from * PAGE, PAGE);
         else if (!failed)
-            failed = device_read(&c->device, from, 1, buffer); /* about to be replaced, for this file: no need of a frame */
+            failed = device_read(c->device, from, 1, buffer); /* about to be replaced, for this file: no need of a frame */
         frame_release(c, c->base + from, flags);
     }
     if (!failed)
@@ -204,7 +204,7 @@ int cache_write_back(struct cache *c, uint64_t pfn, uint64_t pages)
 
 int cache_flush(struct cache *c)
 {
-    return device_flush(&c->device);
+    return device_flush(c->device);
 }
 
 void cache_moved(struct cache *c, uint32_t space, uint64_t page, uint64_t pages)

@@ -143,6 +143,8 @@ static PyObject *engine_start(PyObject *object, PyObject *unused)
             return os_error(failed);
     }
     int failed = handler_install(SIGSEGV);
+    if (!failed && handler_needed(SIGBUS))
+        failed = handler_install(SIGBUS);
     return failed ? os_error(failed) : Py_NewRef(Py_None);
 }
 

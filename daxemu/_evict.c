@@ -155,7 +155,7 @@ int frames_write(struct cache *c, uint64_t i, uint64_t frames)
     uint64_t pfn = i - c->base;
     int failed = cache_show(c, pfn, frames);
     if (!failed)
-        failed = device_write(&c->device, pfn, frames, c->pool + pfn * PAGE);
+        failed = device_write(c->device, pfn, frames, c->pool + pfn * PAGE);
     if (failed)
         __atomic_fetch_add(&c->header->errors, 1, __ATOMIC_RELAXED);
     else

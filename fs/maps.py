@@ -62,7 +62,7 @@ class Maps:
             self.engine.start()
             _stay_in_front()
             self._started = True
-        elif writable:
+        elif writable or mount.pool.cached:
             self.engine.start()  # somebody may have put a handler in front of ours
         index = self.spaces.ensure(inode.subvolume, inode.number)
         self._attach(index)

@@ -310,7 +310,9 @@ class Mount:
         reach("sync intended")
         for pfn in np.flatnonzero((array & (USED | NODE | FRESH)) == USED | NODE | FRESH).tolist():
             losses, found = pool.losses(), rebuild.node_checksum(pool, pfn)
-            if pool.words[pfn * 512 + 3] != found:  # else it has gone to the media with a sync that failed, and may be there only
+            if (
+                pool.words[pfn * 512 + 3] != found
+            ):  # else it has gone to the media with a sync that failed, and may be there only
                 pool.raise_lost(losses)
                 pool.words[pfn * 512 + 3] = found
         reach("checksums set")
@@ -343,9 +345,13 @@ class Mount:
         """Map the file that `find` returns; see Maps.map."""
         self.check_open()
         with self.lock:
+            losses = self.pool.losses()
             self.recover()
             self.maps.strike()
-            return self.maps.map(find, path, writable=writable, granule=granule)
+            try:
+                return self.maps.map(find, path, writable=writable, granule=granule)
+            finally:
+                self.pool.raise_lost(losses)  # which is why what it read made no sense
 
     # ------------------------------------------------------------- fork
 

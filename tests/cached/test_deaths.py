@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 import onecopy
-
 from onecopy.daxemu.steps import signal_at
 
 from ..mapped.common import assert_all_ended

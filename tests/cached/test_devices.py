@@ -206,7 +206,7 @@ def test_writes_that_fail(failing):
     model = bytearray(content(PAGES))
     device.fail(write=True)
     with fs.map("/a", "r+") as mapping, memoryview(mapping) as view:
-        for page in range(0, 320):  # more than the cache has
+        for page in range(320):  # more than the cache has
             view[page * PAGE : page * PAGE + 8] = model[page * PAGE : page * PAGE + 8] = page_of(page, 5)[:8]
     assert frames(fs).over > 0
     for _ in range(3):
@@ -233,7 +233,7 @@ def test_a_sync_that_failed_and_then_nodes_that_can_not_be_read(failing, what):
     device.heal()
     pool = fs._mount.pool
     for pfn in range(pool.frames):  # evict what is clean
-        if not pool.cache is None and not dirty(fs, pfn):
+        if not dirty(fs, pfn):
             pool.cache.drop(pfn, 1)
     device.fail(read=True)
     with pytest.raises(OSError) as caught:
@@ -260,7 +260,6 @@ def test_a_stalled_device(pool_path, conditions, start):
         fs.write("/a", content(PAGES))
     reader, waiter = (begin(start, pool_path, policy="shared", conditions=conditions) for _ in range(2))
     device = Conditioned(FileDevice(pool_path), path=conditions)
-    flushed = 600 * PAGE
     reader.ask(("read", "/a", 0, 100 * PAGE))
     reader.ask(("read", "/a", 300 * PAGE, 100 * PAGE))
     reader.ask(("map", "/a", "r"))
@@ -278,7 +277,6 @@ def test_a_stalled_device(pool_path, conditions, start):
     assert waiter.hear() == content(PAGES)[500 * PAGE : 501 * PAGE]
     end(reader, waiter)
     device.close()
-    assert flushed
 
 
 def test_killed_while_the_device_is_stalled(pool_path, conditions, start):

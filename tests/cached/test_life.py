@@ -6,10 +6,6 @@ import multiprocessing
 import os
 import resource
 import secrets
-import signal
-import subprocess
-import sys
-from functools import partial
 
 import pytest
 
@@ -108,7 +104,7 @@ def test_a_pool_that_nobody_uses_any_more_leaves_room(pools, start, name):
 
 
 def test_one_pool_fills_the_cache_with_dirty_frames(pools, start, name):
-    """The other pool's user can't write them back: the limit is passed, which is counted, by little; until the first one syncs."""
+    """The other pool's user can't write them back: the limit is passed by little, and counted, until the first one syncs."""
     first, second = (begin(start, path, cache=name, cache_size="1M") for path in pools)
     first.ask(("map", "/a", "r+"))
     for page in range(256):
@@ -348,6 +344,3 @@ def test_reading_only_beside_dirty_frames(pools, start):
         assert reader.ask(("read", "/a", 0, PAGES * PAGE)) == expected
         assert reader.ask(("frames",)).physical <= 256 + 16
     end(writer, reader)
-
-
-_KEEP = (partial, signal, subprocess, sys)
