@@ -97,9 +97,9 @@ static uint64_t sweep_place(const struct cache *c, uint64_t position, uint64_t *
 }
 
 #define BATCH 32u
+#define REFUSALS 8 /* batches of which nothing can go, after which it is given up, when the device refuses requests: it is full */
 #define PATIENCE 300  /* ms that a process may take to stop storing; it may have been stopped itself */
 #define ASK_AGAIN 1000 /* ms after which one that did not is asked again */
-#define REFUSALS 4
 
 static uint64_t milliseconds(void)
 {
@@ -254,6 +254,7 @@ uint64_t frames_evict(struct cache *c, uint64_t want)
 {
     uint64_t victims[BATCH], flags[BATCH], length = sweep_length(c), few = c->header->limit / 128;
     uint64_t more = want + (few < BATCH ? few : BATCH);
+    uint64_t errors = __atomic_load_n(&c->header->errors, __ATOMIC_RELAXED);
     int refused = 0;
     for (uint64_t swept = 0; want && swept < LAPS * length;) {
         uint64_t left, position = __atomic_load_n(&c->header->hand, __ATOMIC_SEQ_CST) % length, i = sweep_place(c, position, &left);
@@ -266,8 +267,9 @@ uint64_t frames_evict(struct cache *c, uint64_t want)
         if (!count)
             continue;
         gone = count - let_go(c, victims, flags, count);
-        if (!gone && ++refused == REFUSALS)
-            break; /* the device takes nothing */
+        refused = gone || __atomic_load_n(&c->header->errors, __ATOMIC_RELAXED) == errors ? 0 : refused + 1;
+        if (refused == REFUSALS)
+            break;
         want -= gone < want ? gone : want;
         more -= gone < more ? gone : more;
     }

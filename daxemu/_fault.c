@@ -116,7 +116,7 @@ taken:
 static int copy_pages(struct engine *e, const uint64_t *entries, uint64_t low, uint64_t high, uint64_t pfn, int backed)
 {
     static const char zeros[16 * PAGE];
-    int failed = e->cache && !backed ? device_reserve(&e->cache->device, pfn, high - low) : 0;
+    int failed = e->cache && !backed ? device_reserve(e->cache->device, pfn, high - low) : 0;
     if (failed)
         return failed;
     for (; e->cache && low < high; low++, pfn++)

@@ -13,7 +13,6 @@ from onecopy.fs import lifecycle
 
 SHM = "/dev/shm"
 _CACHE = 1024  # pages: less than most tests store
-_policies = ["dax"]  # the last one is in force
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -31,29 +30,31 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _policy(request: pytest.FixtureRequest) -> Iterator[None]:
-    """What is formatted without a word about a device gets the policy in force."""
-    _policies.append(request.config.getoption("--policy") or "dax")
+def _in_force(request: pytest.FixtureRequest) -> Iterator[list[str]]:
+    """The policy in force, alone in a list: what is formatted without a word about a device gets it."""
+    in_force = [request.config.getoption("--policy") or "dax"]
     plain = lifecycle._cache_of
 
     def cached(*wanted: Any) -> tuple[str, int]:
-        return (_policies[-1], _CACHE) if _policies[-1] != "dax" and wanted == (None, None, None) else plain(*wanted)
+        return (in_force[0], _CACHE) if in_force != ["dax"] and wanted == (None, None, None) else plain(*wanted)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lifecycle, "_cache_of", cached)
-        yield
+        yield in_force
 
 
 @pytest.fixture(autouse=True)
-def policy(request: pytest.FixtureRequest, _policy: None) -> Iterator[str]:
+def policy(request: pytest.FixtureRequest, _in_force: list[str]) -> Iterator[str]:
     """The policy of the pools that this test makes in its own process."""
-    now = getattr(request, "param", _policies[-1])
+    before = _in_force[0]
+    _in_force[0] = getattr(request, "param", before)
     wanted = request.node.get_closest_marker("policies")
-    if wanted is not None and now not in wanted.args:
-        pytest.skip(f"policy {now}: {wanted.kwargs['reason']}")
-    _policies.append(now)
-    yield now
-    _policies.pop()
+    try:
+        if wanted is not None and _in_force[0] not in wanted.args:
+            pytest.skip(f"policy {_in_force[0]}: {wanted.kwargs['reason']}")
+        yield _in_force[0]
+    finally:
+        _in_force[0] = before
 
 
 def forget(path: str) -> None:

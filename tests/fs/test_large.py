@@ -20,7 +20,7 @@ def _sizes(small, large):
 
 
 @pytest.fixture
-def roomy(new_path):
+def roomy(new_path, policy):
     """A maker of open pools of any size, skipped where memory is short; every one is checked at the end."""
     made = []
 
@@ -29,7 +29,10 @@ def roomy(new_path):
         if onecopy.parse_size(size) > free:
             pytest.skip(f"needs up to {size} in /dev/shm, which has {onecopy.format_size(free)}")
         path = new_path()
-        onecopy.format(path, size)
+        if policy == "dax":
+            onecopy.format(path, size)
+        else:  # the nodes that one transaction makes are to fit into half of the cache
+            onecopy.format(path, size, device="cached", policy=policy, cache_size="256M")
         made.append(onecopy.open(path))
         return made[-1]
 
