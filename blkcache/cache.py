@@ -201,7 +201,8 @@ class CachedPool(Pool):
     def _lost(self, base: str) -> RuntimeLost:
         return RuntimeLost(
             f"{base}.cache and .frames do not have what the pool's users have, or the last of them had, in memory: they were "
-            f"deleted, or another cache was used (name it: cache=...); deleting {runtime_paths(self)[0]} goes back to the last sync",
+            f"deleted, or another cache was used (name it: cache=...); "
+            f"deleting {runtime_paths(self)[0]} goes back to the last sync",
             path=self.path,
         )
 
