@@ -12,7 +12,8 @@ import secrets
 import stat
 import time
 import uuid as uuids
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -138,6 +139,15 @@ class Pool:
 
     def raise_lost(self, since: int) -> None:
         """Raise what has gone wrong in reading the mapping since `losses` gave that number: nothing can."""
+
+    @contextmanager
+    def heard(self) -> Iterator[None]:
+        """Within, the mapping is read: `raise_lost`, also in place of what follows from zeros that were shown."""
+        losses = self.losses()
+        try:
+            yield
+        finally:
+            self.raise_lost(losses)
 
     def read_media(self, pfn: int) -> bytes:
         """Return a page as a power cut would leave it, as far as that can be told."""

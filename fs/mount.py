@@ -4,7 +4,6 @@
 sync, when space ran out. Whoever gets the lock first finishes or undoes what a dead holder left (`_recover`).
 """
 
-import atexit
 import errno
 import os
 import weakref
@@ -119,12 +118,9 @@ class Mount:
         self.spaces.reap()
 
     def _fill(self) -> None:
-        losses = self.pool.losses()
         try:
-            try:
+            with self.pool.heard():
                 rebuild.fill(self.runtime, self.pool)
-            finally:
-                self.pool.raise_lost(losses)  # which is why what it read made no sense
         except BaseException:
             os.unlink(self.runtime.path)
             raise
@@ -297,14 +293,10 @@ class Mount:
     def map(self, find: Callable[[View], Inode], path: str, *, writable: bool = False, granule: int = 0) -> Mapping:
         """Map the file that `find` returns; see Maps.map."""
         self.check_open()
-        with self.lock:
-            losses = self.pool.losses()
+        with self.lock, self.pool.heard():
             self.recover()
             self.maps.strike()
-            try:
-                return self.maps.map(find, path, writable=writable, granule=granule)
-            finally:
-                self.pool.raise_lost(losses)  # which is why what it read made no sense
+            return self.maps.map(find, path, writable=writable, granule=granule)
 
     # ------------------------------------------------------------- fork
 
@@ -405,19 +397,3 @@ class Mount:
         fd, self.lock.fd = self.lock.fd, -1
         os.close(fd)
         self.pool.close()
-
-
-def _at_exit() -> None:
-    """Fold what was stored through handles that nobody closed: a process that ends in order leaves nothing to others."""
-    for mount in list(MOUNTS):
-        if mount.pid == os.getpid() and mount.slot.fd >= 0 and mount.pool.writable and mount.lock.try_idle():
-            try:
-                mount.recover()
-                mount.maps.fold()
-            except OSError:
-                pass
-            finally:
-                mount.lock.release()
-
-
-atexit.register(_at_exit)
