@@ -18,7 +18,7 @@ demo: $(STAMP)   ## the main job on real input: clones mapped by many processes,
 	$(BIN)/onecopy demo
 
 test: $(STAMP)   ## the default tests (under 10 minutes on two cores)
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -n 2 -m "not slow"
 
 test-policies: $(STAMP)  ## all tests of the file system on pools behind a cache, by both policies
 	for policy in shared per-inode; do $(BIN)/pytest -m "not slow" --policy $$policy $(FILE_SYSTEM) || exit; done

@@ -71,6 +71,7 @@ _LOOKS = {
     "seek": ("/file", 0, "data"),
     "dedupe": (),
     "extents": ("/file",),
+    "shadows": (3,),
     "du": ("/",),
     "du_each": ("/",),
     "list_subvolumes": (),

@@ -153,7 +153,7 @@ def test_all_ways_do_the_same(name):
                     assert int(base.words[0]) == before
                 assert file.read(memoryview(buffer), 0) == 4096
                 assert np.frombuffer(buffer, np.uint64)[0] == before ^ 1
-            assert files.held(["clone"]) >= MiB
+                assert files.held(["clone"]) >= MiB
             files.unlink("clone")
 
 
