@@ -41,6 +41,7 @@ _WINDOWS = _OWNERS + DEVICES * COPIES * 8
 _SPACES = 1 << 16
 _SIZE = _WINDOWS + DEVICES * _SPACES * 16
 _CHUNK = 1 << 20
+_AHEAD = 64  # pages read ahead at the most
 
 CONTROL = Record(
     "cache header",
@@ -139,6 +140,7 @@ class CachedPool(Pool):
     ) -> None:  # fmt: skip
         super().__init__(path, writable=writable, mapped=False)
         self.policy, self._limit, self._default, self._name = policy, limit, default, name
+        self._next = self._ahead = 0  # where the last fetch ended, and how far it read ahead
         try:
             self.device: BlockDevice = device if device is not None else FileDevice(path, writable)
             if self.device.blocks < self.frames or self.frames > COPIES:
@@ -304,9 +306,11 @@ class CachedPool(Pool):
         self.device.discard(pfn, pages)
 
     def fetch(self, pfn: int, pages: int) -> None:
-        """Bring frames into the cache, reading ahead; a use, for the policy. OSError (EIO)."""
+        """Bring frames into the cache; a use, for the policy. Ahead of who reads in turn, more and more. OSError (EIO)."""
+        self._ahead = min(max(4, 2 * self._ahead), _AHEAD) if pfn == self._next else 0
+        self._next = pfn + pages
         try:
-            self.cache.fetch(pfn, pages)
+            self.cache.fetch(pfn, pages, self._ahead)
         except OSError as error:
             raise self._unreadable(error.errno or errno.EIO, pfn, pages) from error
 

@@ -208,13 +208,20 @@ static struct cache *frames_of(PyObject *object, PyObject *args, unsigned long l
 
 static PyObject *cache_fetch(PyObject *object, PyObject *args)
 {
-    unsigned long long pfn, pages;
-    struct cache *c = frames_of(object, args, &pfn, &pages);
+    unsigned long long pfn, pages, ahead;
+    struct cache *c = cache_of(object);
     int failed = 0;
-    if (!c)
+    if (!c || !PyArg_ParseTuple(args, "KKK", &pfn, &pages, &ahead))
         return NULL;
+    if (pfn > c->frames || pages > c->frames - pfn) {
+        PyErr_Format(PyExc_ValueError, "frames %llu and %llu pages are not in the pool", pfn, pages);
+        return NULL;
+    }
+    uint64_t end = pfn + pages + (ahead < AHEAD ? ahead : AHEAD);
+    if (end > c->frames)
+        end = c->frames;
     QUIETLY(for (uint64_t n = 0; n < pages && !failed; n++)
-                failed = cache_need(c, c->base + pfn + n, pfn + n, pages - n, NULL));
+                failed = cache_need(c, c->base + pfn + n, pfn + n, end - pfn - n, NULL));
     return cache_of(object) ? result(failed) : NULL;
 }
 
@@ -412,7 +419,7 @@ static PyObject *cache_use(PyObject *object, PyObject *args)
 
 static PyMethodDef cache_methods[] = {
     {"use", cache_use, METH_VARARGS, "use(engine): the engine's faults find their frames here; None: no engine's do any more."},
-    {"fetch", cache_fetch, METH_VARARGS, "fetch(pfn, pages): make them resident, reading ahead; counts as a use. OSError (EIO)."},
+    {"fetch", cache_fetch, METH_VARARGS, "fetch(pfn, pages, ahead): make them resident; what has to be read is read with so many more. Counts as a use. OSError (EIO)."},
     {"store", cache_store_bytes, METH_VARARGS, "store(offset, data): store bytes of the pool; the frames are dirty."},
     {"ready", cache_ready_frames, METH_VARARGS, "ready(pfn, pages): give frames pages, zeros if they had none, that stay until they are written back. ENOSPC."},
     {"write_back", cache_write, METH_VARARGS, "write_back(pfn, pages): write the dirty ones to the device. OSError (EIO, ENOSPC)."},
