@@ -267,15 +267,22 @@ static int is_current(const uint64_t *entries, uint64_t pfn, uint64_t frames)
     return 1;
 }
 
+int cache_is_there(struct cache *c, uint64_t i)
+{
+    uint64_t seen = __atomic_load_n(&c->words[i], __ATOMIC_SEQ_CST);
+    if (!(seen & F_RESIDENT) || seen & F_HOLDER)
+        return 0;
+    __atomic_fetch_add(&c->header->hits, 1, __ATOMIC_RELAXED);
+    if ((seen & F_FREQ) != F_FREQ)
+        __atomic_compare_exchange_n(&c->words[i], &seen, seen + F_FREQ_ONE, 0, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
+    return 1;
+}
+
 int cache_need(struct cache *c, uint64_t i, uint64_t pfn, uint64_t ahead, const uint64_t *entries)
 {
-    uint64_t seen = __atomic_load_n(&c->words[i], __ATOMIC_SEQ_CST), before[AHEAD], frames = 1;
-    if (seen & F_RESIDENT && !(seen & F_HOLDER)) {
-        __atomic_fetch_add(&c->header->hits, 1, __ATOMIC_RELAXED);
-        if ((seen & F_FREQ) != F_FREQ)
-            __atomic_compare_exchange_n(&c->words[i], &seen, seen + F_FREQ_ONE, 0, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
+    uint64_t before[AHEAD], frames = 1;
+    if (cache_is_there(c, i))
         return 0;
-    }
     frame_hold(c, i, 1, &before[0]);
     if (before[0] & F_RESIDENT) {
         frame_release(c, i, before[0]);

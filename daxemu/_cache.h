@@ -114,6 +114,7 @@ int cache_show_page(struct cache *c, const char *address);     /* the same, of a
 uint64_t cache_frame(const struct cache *c, uint32_t space, uint64_t page, uint64_t word); /* index of what a mapping shows */
 /* Make frame `i` resident, whose content is block `pfn`'s, and up to `ahead` frames behind it that are absent, too. Of copies,
  * `entries` says what they are of; when it has changed, nothing happens. 0 or errno. */
+int cache_is_there(struct cache *c, uint64_t i); /* and count a use; holds nothing */
 int cache_need(struct cache *c, uint64_t i, uint64_t pfn, uint64_t ahead, const uint64_t *entries);
 void cache_moved(struct cache *c, uint32_t space, uint64_t page, uint64_t pages); /* entries have changed: copies count no more */
 int cache_store(struct cache *c, uint64_t offset, const char *from, uint64_t size);

@@ -220,6 +220,12 @@ static PyObject *cache_fetch(PyObject *object, PyObject *args)
     uint64_t end = pfn + pages + (ahead < AHEAD ? ahead : AHEAD);
     if (end > c->frames)
         end = c->frames;
+    while (pages && cache_is_there(c, c->base + pfn)) {
+        pfn++;
+        pages--;
+    }
+    if (!pages)
+        Py_RETURN_NONE;
     QUIETLY(for (uint64_t n = 0; n < pages && !failed; n++)
                 failed = cache_need(c, c->base + pfn + n, pfn + n, end - pfn - n, NULL));
     return cache_of(object) ? result(failed) : NULL;
