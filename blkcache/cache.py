@@ -360,11 +360,11 @@ class CachedPool(Pool):
         """
         if self.policy != "per-inode":
             return
-        taken = self.counters[CONTROL.word("copies") + self.number]
         first, room = self.cache.window(space)
         if first and room >= pages:
             return
         self.end_copies(space)
+        taken = self.counters[CONTROL.word("copies") + self.number]
         if taken + pages > SPAN - COPIES:
             raise NoSpace("the cache has no addresses left for files' copies: open the pool anew", path=self.path)
         self.counters[CONTROL.word("copies") + self.number] = taken + pages

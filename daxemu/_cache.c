@@ -113,7 +113,6 @@ int frame_hold(const struct cache *c, uint64_t i, int wait, uint64_t *flags)
                 continue;
             if (!(seen & F_RESIDENT))
                 frames_punch(c, i, 1); /* half filled, or about to be punched by who had it */
-            __atomic_store_n(&c->header->promised[user_of(holder)], 0, __ATOMIC_SEQ_CST);
             return 1;
         }
         if (!wait)

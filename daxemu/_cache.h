@@ -124,7 +124,6 @@ int cache_ready(struct cache *c, uint64_t pfn, uint64_t pages);
 int cache_own(struct cache *c, uint32_t space, uint64_t page, uint64_t pfn, uint64_t pages);
 int cache_may_write(const struct cache *c, uint64_t pfn);
 int cache_write_back(struct cache *c, uint64_t pfn, uint64_t pages);
-int cache_flush(struct cache *c);
 void cache_trim(struct cache *c);
 void cache_drop(struct cache *c, uint64_t i, uint64_t pages);
 int cache_join(int control_fd, struct cache_header *header, uint32_t *holder);

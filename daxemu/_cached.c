@@ -155,7 +155,8 @@ int cache_may_write(const struct cache *c, uint64_t pfn)
 
 /* -------------------------------------------------------- writing back */
 
-/* Whether some process may have the frame, held, mapped for storing: who owned it for that may have no mappers left. */
+/* Whether some process may have the frame, held, mapped for storing: who owned it for that may have no mappers left. Mappers come
+ * and go under the transaction lock, which who writes back holds: without any now, nobody has stored since before the write. */
 static int may_be_stored_to(const struct cache *c, uint64_t pfn)
 {
     uint64_t owner = __atomic_load_n(&c->owners[pfn], __ATOMIC_SEQ_CST) >> 32, any = !c->engine || owner >= *c->engine->spaces_used;
@@ -200,11 +201,6 @@ int cache_write_back(struct cache *c, uint64_t pfn, uint64_t pages)
     if (pages == c->frames) /* who does that holds the transaction lock: nobody makes nodes, and who died over one has counted wrong */
         __atomic_store_n(c->kept, 0, __ATOMIC_RELAXED);
     return 0;
-}
-
-int cache_flush(struct cache *c)
-{
-    return device_flush(c->device);
 }
 
 /* Forget what the device has, too: nobody uses it for now. */
